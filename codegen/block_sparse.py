@@ -1,0 +1,89 @@
+"""Block-sparse row (BSR) matrices: the one in-memory form of a sparse weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.errors import InvalidModel
+
+BLOCK_SHAPES: tuple[tuple[int, int], ...] = ((4, 1), (1, 4), (4, 4), (16, 4), (16, 1), (32, 4))
+"""Block shapes (outputs, inputs) that `detect_block` looks for."""
+
+MIN_SPARSITY = 0.5
+"""A layer with a smaller share of zero blocks is treated as dense: below it no published block-sparse kernel wins."""
+
+
+@dataclass(frozen=True)
+class BlockSparseMatrix:
+    """A matrix [N, K] = [outputs, inputs] of which only the non-zero blocks are stored.
+
+    Layout: row-block `r` covers outputs `r*bn .. r*bn+bn` and owns entries `indptr[r] .. indptr[r+1]`;
+    entry `i` covers inputs `indices[i]*bk .. indices[i]*bk+bk` and holds `data[i]` of shape [bn, bk].
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    indptr: NDArray[np.int64]
+    indices: NDArray[np.int32]
+    data: NDArray[np.generic]
+
+    @classmethod
+    def from_dense(cls, dense: NDArray[np.generic], block: tuple[int, int]) -> BlockSparseMatrix:
+        """Keep the blocks of dense [N, K] that have a non-zero value; raises InvalidModel if `block` does not divide it."""
+        blocks = _blocks(dense, block)
+        keep = blocks.any(axis=(2, 3))
+        rows, columns = np.nonzero(keep)
+        indptr = np.zeros(keep.shape[0] + 1, np.int64)
+        np.cumsum(keep.sum(axis=1), out=indptr[1:])
+        n, k = dense.shape
+        return cls((n, k), block, indptr, columns.astype(np.int32), np.ascontiguousarray(blocks[rows, columns]))
+
+    def to_dense(self) -> NDArray[np.generic]:
+        """The matrix [N, K] with its zeros."""
+        n, k = self.shape
+        bn, bk = self.block
+        blocks = np.zeros((n // bn, k // bk, bn, bk), self.data.dtype)
+        rows = np.repeat(np.arange(n // bn), np.diff(self.indptr))
+        blocks[rows, self.indices] = self.data
+        return blocks.transpose(0, 2, 1, 3).reshape(n, k)
+
+    @property
+    def density(self) -> float:
+        """Share of blocks that are stored, 0..1."""
+        (n, k), (bn, bk) = self.shape, self.block
+        return len(self.indices) / ((n // bn) * (k // bk))
+
+
+def block_density(dense: NDArray[np.generic], block: tuple[int, int]) -> float | None:
+    """Share of blocks of dense [N, K] that hold a non-zero value, or None if `block` does not divide the matrix."""
+    if dense.shape[0] % block[0] or dense.shape[1] % block[1]:
+        return None
+    return float(_blocks(dense, block).any(axis=(2, 3)).mean())
+
+
+def detect_block(dense: NDArray[np.generic]) -> tuple[int, int] | None:
+    """The largest of BLOCK_SHAPES that explains the zeros of dense [N, K], or None for a dense matrix.
+
+    A shape explains them when its own share of zero blocks reaches MIN_SPARSITY and is within one point of the
+    share of zero elements: a larger block than the pruned one would leave zeros inside stored blocks.
+    """
+    zero_elements = 1.0 - float(np.count_nonzero(dense)) / dense.size
+    found: tuple[int, int] | None = None
+    for block in BLOCK_SHAPES:
+        density = block_density(dense, block)
+        if density is None or 1.0 - density < max(MIN_SPARSITY, zero_elements - 0.01):
+            continue
+        if found is None or block[0] * block[1] > found[0] * found[1]:
+            found = block
+    return found
+
+
+def _blocks(dense: NDArray[np.generic], block: tuple[int, int]) -> NDArray[np.generic]:
+    """View of dense [N, K] as [N/bn, K/bk, bn, bk]."""
+    (n, k), (bn, bk) = dense.shape, block
+    if n % bn or k % bk:
+        raise InvalidModel(f"matrix {n}x{k} is not a multiple of block {bn}x{bk}; choose a block that divides it")
+    return dense.reshape(n // bn, bn, k // bk, bk).transpose(0, 2, 1, 3)

@@ -1,0 +1,1 @@
+"""Float checkpoint to compressed checkpoint: calibration and quantisation."""

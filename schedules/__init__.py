@@ -1,0 +1,1 @@
+"""ISA levels, tensor intrinsics and schedule rules: unscheduled kernels to fast ones."""

@@ -1,0 +1,1 @@
+"""Tilewright: compressed transformer encoders to deployable x86 modules."""

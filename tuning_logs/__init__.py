@@ -1,0 +1,1 @@
+"""Tuning records per CPU model, shipped as package data."""
