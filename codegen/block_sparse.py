@@ -65,20 +65,17 @@ def block_density(dense: NDArray[np.generic], block: tuple[int, int]) -> float |
 
 
 def detect_block(dense: NDArray[np.generic]) -> tuple[int, int] | None:
-    """The largest of BLOCK_SHAPES that explains the zeros of dense [N, K], or None for a dense matrix.
+    """The largest of BLOCK_SHAPES that explains the zero blocks of dense [N, K], or None for a dense matrix.
 
-    A shape explains them when its own share of zero blocks reaches MIN_SPARSITY and is within one point of the
-    share of zero elements: a larger block than the pruned one would leave zeros inside stored blocks.
+    A shape explains them when its share of zero blocks reaches MIN_SPARSITY and is within one point of the best shape's:
+    a block larger than the pruned one would store zeros. Zero elements are not counted, because quantisation rounds
+    small weights inside kept blocks to zero.
     """
-    zero_elements = 1.0 - float(np.count_nonzero(dense)) / dense.size
-    found: tuple[int, int] | None = None
-    for block in BLOCK_SHAPES:
-        density = block_density(dense, block)
-        if density is None or 1.0 - density < max(MIN_SPARSITY, zero_elements - 0.01):
-            continue
-        if found is None or block[0] * block[1] > found[0] * found[1]:
-            found = block
-    return found
+    zeros = {block: 1.0 - density for block in BLOCK_SHAPES if (density := block_density(dense, block)) is not None}
+    best = max(zeros.values(), default=0.0)
+    if best < MIN_SPARSITY:
+        return None
+    return max((block for block, zero in zeros.items() if zero >= best - 0.01), key=lambda block: block[0] * block[1])
 
 
 def _blocks(dense: NDArray[np.generic], block: tuple[int, int]) -> NDArray[np.generic]:
