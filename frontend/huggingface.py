@@ -1,0 +1,190 @@
+"""Hugging Face directories: config.json, *.safetensors and tokenizer.json, float or quantised, to `EncoderModel`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tilewright.codegen.model import (
+    Attention,
+    Embeddings,
+    EncoderConfig,
+    EncoderModel,
+    Head,
+    Layer,
+    LayerNorm,
+    Linear,
+)
+from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.frontend.compressed import check_quantization, float_linear, int8_linear, positive
+from tilewright.frontend.families import FAMILIES
+from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
+from tilewright.frontend.tensors import Checkpoint, read_safetensors
+
+ReadLinear = Callable[[Checkpoint, str, int, int, list[str]], Linear]
+
+# settings that change the arithmetic: key -> the only value (besides absence) that is supported
+_FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+
+
+def load_directory(path: Path) -> EncoderModel:
+    """Read a Hugging Face directory.
+
+    Raises UnsupportedModel for an architecture, setting or quantisation that is not supported, and InvalidModel for a
+    damaged file or a tensor that is missing, unexpected, of the wrong shape, or not finite.
+    """
+    settings = _read_json(path / "config.json")
+    family, head = _family_and_head(settings)
+    config = _config(settings, family, classifier="classification" in head.kind)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InvalidModel(f"{path} holds no *.safetensors file; save the model with safe_serialization=True")
+    quantization = settings.get("quantization_config")
+    if quantization is not None:
+        check_quantization(quantization)
+    reader = _Reader(config, settings, family, read_safetensors(files, family.prefix), quantization is not None)
+    model = reader.model(head, _tokenizer(path))
+    reader.checkpoint.finish()
+    return model
+
+
+class _Reader:
+    """Takes the parts of one encoder from a checkpoint, in the order in which data passes through them."""
+
+    def __init__(
+        self, config: EncoderConfig, settings: dict[str, Any], family: Family, checkpoint: Checkpoint, quantized: bool
+    ) -> None:
+        self.config = config
+        self.settings = settings
+        self.family = family
+        self.checkpoint = checkpoint
+        self.quantized = quantized
+        self.notes: list[str] = []
+        eps = family.settings.layer_norm_eps
+        self.eps = float(settings.get(eps, 1e-12)) if eps else 1e-12
+
+    def model(self, head: HeadNames, tokenizer: str | None) -> EncoderModel:
+        embeddings = self.embeddings()
+        count = _integer(self.settings, self.family.settings.num_layers)
+        layers = tuple(self.layer(self.family.layer.format(i)) for i in range(count))
+        parts = (embeddings, layers, self.head(head))
+        ignored = self.checkpoint.ignore((*self.family.unused, *head.unused))
+        if ignored:
+            self.notes.append(f"unused tensors: {', '.join(ignored)}")
+        return EncoderModel(self.config, *parts, tokenizer, tuple(self.notes))
+
+    def embeddings(self) -> Embeddings:
+        family, config, floats = self.family, self.config, self.checkpoint.floats
+        hidden = config.hidden_size
+        types = None
+        if family.token_type and family.settings.token_types:
+            count = _integer(self.settings, family.settings.token_types)
+            types = floats(f"{family.token_type}.weight", count, hidden)
+        return Embeddings(
+            word=floats(f"{family.word}.weight", config.vocab_size, hidden),
+            position=floats(f"{family.position}.weight", config.max_positions, hidden),
+            token_type=types,
+            norm=self.norm(family.embeddings_norm),
+        )
+
+    def layer(self, prefix: str) -> Layer:
+        family, hidden, wide = self.family, self.config.hidden_size, self.config.intermediate_size
+        query, key, value, output = (
+            self.linear(prefix + name, hidden, hidden)
+            for name in (family.query, family.key, family.value, family.output)
+        )
+        if not query.input == key.input == value.input:
+            raise InvalidModel(
+                f"{prefix}{family.attention}: query, key and value must share one input scale and zero point"
+            )
+        scales = [
+            positive(self.checkpoint, f"{prefix}{family.attention}.{operand}_scale") if self.quantized else None
+            for operand in "qkv"
+        ]
+        return Layer(
+            attention=Attention(query, key, value, output, *scales),
+            attention_norm=self.norm(prefix + family.attention_norm),
+            up=self.linear(prefix + family.up, wide, hidden),
+            down=self.linear(prefix + family.down, hidden, wide),
+            output_norm=self.norm(prefix + family.output_norm),
+        )
+
+    def head(self, names: HeadNames) -> Head:
+        hidden = self.config.hidden_size
+        outputs = {"none": None, "question_answering": 2}.get(names.kind, len(self.config.labels))
+        if names.projection is None or outputs is None:
+            return Head(names.kind)
+        pre = float_linear(self.checkpoint, names.pre, hidden, hidden, self.notes) if names.pre else None
+        projection = float_linear(self.checkpoint, names.projection, outputs, hidden, self.notes)
+        return Head(names.kind, projection, pre, names.pre_activation)
+
+    def linear(self, name: str, n: int, k: int) -> Linear:
+        read: ReadLinear = int8_linear if self.quantized else float_linear
+        return read(self.checkpoint, name, n, k, self.notes)
+
+    def norm(self, name: str) -> LayerNorm:
+        hidden, floats = self.config.hidden_size, self.checkpoint.floats
+        return LayerNorm(floats(f"{name}.weight", hidden), floats(f"{name}.bias", hidden), self.eps)
+
+
+def _family_and_head(settings: dict[str, Any]) -> tuple[Family, HeadNames]:
+    name = str(settings.get("model_type"))
+    if name not in FAMILIES:
+        raise UnsupportedModel(f"architecture {name} is not supported; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    architectures = settings.get("architectures") or list(family.heads)[:1]
+    if architectures[0] not in family.heads:
+        raise UnsupportedModel(f"model class {architectures[0]} is not supported; supported: {', '.join(family.heads)}")
+    for key, supported in _FIXED.items():
+        if settings.get(key, supported) != supported:
+            raise UnsupportedModel(f"{key} is {settings[key]} in config.json; supported: {supported}")
+    return family, family.heads[architectures[0]]
+
+
+def _config(settings: dict[str, Any], family: Family, classifier: bool) -> EncoderConfig:
+    keys = family.settings
+    activation = str(settings.get(keys.activation))
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModel(f"activation {activation} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    hidden, heads = _integer(settings, keys.hidden_size), _integer(settings, keys.num_heads)
+    if hidden % heads:
+        raise InvalidModel(f"config.json: {keys.hidden_size} {hidden} is not a multiple of {keys.num_heads} {heads}")
+    # transformers leaves id2label out of config.json when the labels are its own default two
+    labels = (settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}) if classifier else {}
+    return EncoderConfig(
+        architecture=family.model_type,
+        hidden_size=hidden,
+        num_heads=heads,
+        intermediate_size=_integer(settings, keys.intermediate_size),
+        vocab_size=_integer(settings, "vocab_size"),
+        max_positions=_integer(settings, "max_position_embeddings"),
+        activation=ACTIVATIONS[activation],
+        labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
+    )
+
+
+def _integer(settings: dict[str, Any], key: str) -> int:
+    value = settings.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise InvalidModel(f"config.json: {key} is {value!r}, expected a positive integer")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidModel(f"{path} cannot be read as JSON: {error}; copy the whole directory of the model") from None
+    if not isinstance(content, dict):
+        raise InvalidModel(f"{path} does not hold a JSON object; copy the whole directory of the model")
+    return content
+
+
+def _tokenizer(path: Path) -> str | None:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    _read_json(file)
+    return file.read_text(encoding="utf-8")
