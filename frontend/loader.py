@@ -1,0 +1,59 @@
+"""`load`: the one entry to all frontends, a table of formats and how each is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from tilewright.codegen.model import EncoderModel
+from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.frontend.huggingface import load_directory
+from tilewright.frontend.onnx_encoder import load_onnx
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format: what to call it, the file to read if `path` holds it (else None), and its reader."""
+
+    name: str
+    find: Callable[[Path], Path | None]
+    load: Callable[[Path], EncoderModel]
+
+
+def load(path: str | PathLike[str]) -> EncoderModel:
+    """Read the model at `path`: an ONNX file, a directory with one, or a Hugging Face directory, float or quantised.
+
+    Raises InvalidModel for damaged or inconsistent files and UnsupportedModel for what Tilewright cannot run.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise InvalidModel(f"{place} does not exist; give {_supported()}")
+    for form in FORMATS:
+        if (file := form.find(place)) is not None:
+            return form.load(file)
+    raise UnsupportedModel(f"{place} is not a model in a supported format; give {_supported()}")
+
+
+def _find_directory(path: Path) -> Path | None:
+    return path if (path / "config.json").is_file() and any(path.glob("*.safetensors")) else None
+
+
+def _find_onnx(path: Path) -> Path | None:
+    if path.is_file():
+        return path if path.suffix == ".onnx" else None
+    files = sorted(path.glob("*.onnx"))
+    if len(files) > 1:
+        raise UnsupportedModel(f"{path} holds {len(files)} ONNX files; give one of {', '.join(f.name for f in files)}")
+    return files[0] if files else None
+
+
+def _supported() -> str:
+    return " or ".join(form.name for form in FORMATS)
+
+
+FORMATS = (
+    Format("a Hugging Face directory (config.json and *.safetensors)", _find_directory, load_directory),
+    Format("an .onnx file or a directory with one", _find_onnx, load_onnx),
+)

@@ -1,0 +1,184 @@
+"""Self-attention of an ONNX graph, read backwards from the context that enters the output Linear."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tilewright.errors import UnsupportedModel
+from tilewright.frontend.onnx_graph import Node, Pair
+from tilewright.frontend.onnx_linear import Walker
+
+_SPLIT_HEADS = (0, 2, 1, 3)  # [batch, token, head, channel] -> [batch, head, token, channel]
+_KEYS = (0, 2, 3, 1)
+
+
+@dataclass
+class Chain:
+    """What lies between an operand of an attention product and the Linear that computes it.
+
+    operand = transpose(reshape(value), perm) * factor; `scale` is the symmetric s8 scale of value that covers the range
+    of the quantised operand, None if it is not quantised.
+    """
+
+    value: str
+    factor: float = 1.0
+    perm: tuple[int, ...] = (0, 1, 2, 3)
+    shape: str | None = None
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class AttentionValues:
+    """The chains down to the query, key and value Linears, and the number of heads."""
+
+    query: Chain
+    key: Chain
+    value: Chain
+    num_heads: int
+
+
+@dataclass
+class _Scores:
+    product: Node
+    factor: float
+    masks: list[str] = field(default_factory=list)
+    pairs: tuple[Pair, ...] = ()
+
+
+def read_attention(walker: Walker, context: str, hidden: int, where: str) -> AttentionValues:
+    """Read the attention whose context is `context` [batch, token, hidden].
+
+    Raises UnsupportedModel if the graph is not scaled dot-product attention with a mask: other scale, position bias.
+    """
+    # the pair kept on the context is the input quantisation of the output Linear
+    merged = _chain(walker, context, f"{where} context")
+    product = walker.graph.producers.get(merged.value)
+    if product is None or product.op != "MatMul" or merged.perm != _SPLIT_HEADS:
+        raise _unsupported(where, "the context is not a product of probabilities and values over heads")
+    scores = _softmax_input(walker, product.inputs[0], where)
+    query = _chain(walker, scores.product.inputs[0], f"{where} query")
+    key = _chain(walker, scores.product.inputs[1], f"{where} key")
+    value = _chain(walker, product.inputs[1], f"{where} value")
+    if (query.perm, key.perm, value.perm) != (_SPLIT_HEADS, _KEYS, _SPLIT_HEADS) or value.factor != 1.0:
+        raise _unsupported(where, "query, key and value are not split into heads as [batch, head, token, channel]")
+    heads = _num_heads(walker, query.shape, hidden, where)
+    scale = query.factor * key.factor * scores.factor
+    if not math.isclose(scale, 1 / math.sqrt(hidden / heads), rel_tol=1e-3):
+        raise _unsupported(where, f"the logits are scaled by {scale:.6g}, expected 1/sqrt({hidden // heads})")
+    for mask in scores.masks:
+        _check_mask(walker, mask, where)
+    return AttentionValues(query, key, value, heads)
+
+
+def _chain(walker: Walker, value: str, where: str) -> Chain:
+    """Walk from an operand to its Linear. The Q/DQ pair nearest to the operand is kept, the others are dropped."""
+    chain = Chain(value)
+    while True:
+        source, pairs = walker.graph.source(chain.value)
+        if pairs and chain.scale is None:
+            chain.scale = _symmetric_scale(pairs[0]) / abs(chain.factor)
+            pairs = pairs[1:]
+        walker.notes.drop(pairs, where)
+        chain.value = source
+        node = walker.graph.producers.get(source)
+        if node is None or node.op in ("Add", "Gemm", "MatMul"):
+            return chain
+        factor = _scalar_factor(walker, node)
+        if factor is not None:
+            chain.value, chain.factor = factor[0], chain.factor * factor[1]
+        elif node.op == "Transpose" and len(node.attributes.get("perm", ())) == 4:
+            chain.value, chain.perm = node.inputs[0], tuple(node.attributes["perm"][axis] for axis in chain.perm)
+        elif node.op == "Reshape" and chain.shape is None:
+            chain.value, chain.shape = node.inputs[0], node.inputs[1]
+        else:
+            raise _unsupported(where, f"{node.op} between a Linear and its attention product")
+
+
+def _softmax_input(walker: Walker, probabilities: str, where: str) -> _Scores:
+    graph = walker.graph
+    source, pairs = graph.source(probabilities)
+    node = graph.producers.get(source)
+    # exporters guard rows that are masked altogether: Where(IsNaN(p), 0, p)
+    if node is not None and node.op == "Where" and getattr(graph.node(node.inputs[0]), "op", "") == "IsNaN":
+        source, more = graph.source(node.inputs[2])
+        node, pairs = graph.producers.get(source), pairs + more
+    if node is None or node.op != "Softmax" or node.attributes.get("axis", -1) not in (-1, 3):
+        raise _unsupported(where, "the probabilities are not a softmax over the keys")
+    walker.notes.drop(pairs, f"{where} probabilities")
+    scores = _scores(walker, node.inputs[0])
+    if scores is None:
+        raise _unsupported(where, "the softmax is not over a masked product of queries and keys")
+    walker.notes.drop(scores.pairs, f"{where} logits")
+    return scores
+
+
+def _scores(walker: Walker, value: str) -> _Scores | None:
+    """Walk from the softmax's input over masks and constant factors to the product of queries and keys."""
+    source, pairs = walker.graph.source(value)
+    node = walker.graph.producers.get(source)
+    if node is None:
+        return None
+    if node.op == "MatMul":
+        return _Scores(node, 1.0, [], pairs)
+    found = None
+    if (factor := _scalar_factor(walker, node)) is not None:
+        if (found := _scores(walker, factor[0])) is not None:
+            found.factor *= factor[1]
+    elif node.op in ("Add", "Where"):
+        operands = node.inputs[-2:]
+        for operand, other in (operands, operands[::-1]):
+            if (found := _scores(walker, operand)) is not None:
+                found.masks += [other] if node.op == "Add" else [node.inputs[0], other]
+                break
+    if found is not None:
+        found.pairs += pairs
+    return found
+
+
+def _scalar_factor(walker: Walker, node: Node) -> tuple[str, float] | None:
+    """Match a multiplication with (division by) a constant scalar: the other operand and the factor."""
+    if node.op == "Div" and (divisor := walker.graph.scalar(node.inputs[1])):
+        return node.inputs[0], 1 / divisor
+    if node.op == "Mul":
+        for value, other in (node.inputs, node.inputs[::-1]):
+            if (factor := walker.graph.scalar(other)) is not None:
+                return value, factor
+    return None
+
+
+def _symmetric_scale(pair: Pair) -> float:
+    """Scale of the s8 quantisation with zero point 0 that covers the range of `pair`."""
+    return max(pair.zero_point, 255 - pair.zero_point) * pair.scale / 127
+
+
+def _num_heads(walker: Walker, shape: str | None, hidden: int, where: str) -> int:
+    """Read the number of heads from the target shape [batch, token, heads, channels] of a Reshape."""
+    extents: list[int | None] = []
+    constant = walker.graph.constants.get(shape or "")
+    node = walker.graph.producers.get(shape or "")
+    if constant is not None:
+        extents = [int(extent) for extent in constant.reshape(-1)]
+    elif node is not None and node.op == "Concat":
+        for part in node.inputs:
+            known = walker.graph.constants.get(part)
+            extents += [None] if known is None else [int(extent) for extent in known.reshape(-1)]
+    if len(extents) == 4:
+        heads, channels = ((extent if extent and extent > 0 else None) for extent in extents[2:])
+        heads = heads or (hidden // channels if channels else None)
+        if heads and hidden % heads == 0:
+            return heads
+    raise _unsupported(where, "the number of heads is not a constant of the graph; simplify the graph first")
+
+
+def _check_mask(walker: Walker, mask: str, where: str) -> None:
+    """Raise UnsupportedModel if `mask` holds more than a choice between keys: learnt values or hidden states."""
+    for value in walker.graph.ancestors(mask, through_shape=False):
+        array = walker.graph.constants.get(value)
+        node = walker.graph.producers.get(value)
+        if (array is not None and array.dtype.kind == "f" and array.size > 1) or (node and node.op == "MatMul"):
+            raise _unsupported(where, f"a learnt position bias ({value}) is added to the logits")
+
+
+def _unsupported(where: str, what: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{where} attention: {what}; supported: BERT-like scaled dot-product self-attention")

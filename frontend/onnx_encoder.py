@@ -1,0 +1,234 @@
+"""ONNX graphs of BERT-like encoders, float or static QDQ, to `EncoderModel`.
+
+The graph is recognised by its structure alone, backwards from its outputs: the head, then the LayerNorms along the
+residual stream, and between two of them either an attention or a feed-forward network.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tilewright.codegen.model import (
+    Activation,
+    Attention,
+    Embeddings,
+    EncoderConfig,
+    EncoderModel,
+    Float,
+    Head,
+    Layer,
+    LayerNorm,
+    Linear,
+)
+from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.frontend.onnx_attention import Chain, read_attention
+from tilewright.frontend.onnx_graph import read_graph
+from tilewright.frontend.onnx_head import read_head
+from tilewright.frontend.onnx_linear import Product, Walker
+from tilewright.frontend.onnx_patterns import ACTIVATIONS, match
+
+
+def load_onnx(path: Path) -> EncoderModel:
+    """Read the ONNX file at `path`; tokenizer.json and config.json (for the labels) beside it are used if present.
+
+    Raises UnsupportedModel for an opset, operator, architecture or head that is not supported, and InvalidModel for a
+    damaged file, values that are not finite, or a tensor that the recognised encoder has no use for.
+    """
+    walker = Walker(read_graph(path))
+    found = read_head(walker)
+    stream = _residual_stream(walker, found.hidden)
+    norms = [walker.layer_norm(norm) for norm in map(walker.norm, stream) if norm is not None]
+    if len(stream) < 3 or len(stream) % 2 == 0:
+        raise UnsupportedModel(
+            f"{path.name} has {len(stream)} LayerNorms along its residual stream; supported: one after the embeddings "
+            "and two per layer (post-norm encoders)"
+        )
+    embeddings = _embeddings(walker, stream[0], norms[0])
+    reader = _LayerReader(walker, embeddings.word.shape[1])
+    layers = tuple(
+        reader.layer(i, stream[2 * i : 2 * i + 3], norms[2 * i + 1], norms[2 * i + 2]) for i in range(len(stream) // 2)
+    )
+    _check_all_used(walker)
+    _check_uniform(layers)
+    head = found.head
+    config = EncoderConfig(
+        architecture="distilbert" if embeddings.token_type is None else "bert",
+        hidden_size=reader.hidden,
+        num_heads=reader.num_heads,
+        intermediate_size=layers[0].up.weight.shape[0],
+        vocab_size=embeddings.word.shape[0],
+        max_positions=embeddings.position.shape[0],
+        activation=reader.activation or "gelu",
+        labels=_labels(path, head),
+    )
+    tokenizer = path.parent / "tokenizer.json"
+    text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
+    return EncoderModel(config, embeddings, layers, head, text, walker.notes.report())
+
+
+class _LayerReader:
+    """Reads encoder layers, and holds what they must have in common."""
+
+    def __init__(self, walker: Walker, hidden: int) -> None:
+        self.walker = walker
+        self.hidden = hidden
+        self.num_heads = 0
+        self.activation: Activation | None = None
+
+    def layer(self, index: int, stream: list[str], attention_norm: LayerNorm, output_norm: LayerNorm) -> Layer:
+        """Read layer `index`, which lies between the first and the last of three values of the residual stream."""
+        where = f"layer {index}"
+        start, middle, end = stream
+        up, down = self._feed_forward(middle, end, where, f"layer.{index}.ffn")
+        return Layer(
+            self._attention(start, middle, where, f"layer.{index}.attention"), attention_norm, up, down, output_norm
+        )
+
+    def _attention(self, start: str, end: str, where: str, name: str) -> Attention:
+        output = self._residual(start, end, f"{where} output")
+        values = read_attention(self.walker, output.x, self.hidden, where)
+        self.num_heads = self.num_heads or values.num_heads
+        if self.num_heads != values.num_heads:
+            raise UnsupportedModel(f"{where} has {values.num_heads} heads, other layers {self.num_heads}")
+        linears = {}
+        for part, chain in (("query", values.query), ("key", values.key), ("value", values.value)):
+            product = self._product(chain, start, f"{where} {part}")
+            linears[part] = self.walker.linear(product, f"{name}.{part}", f"{where} {part}")
+        inputs = {linear.input for linear in linears.values()}
+        if len(inputs) > 1:
+            raise UnsupportedModel(f"{where}: query, key and value quantise their common input differently")
+        return Attention(
+            **linears,
+            output=self.walker.linear(output, f"{name}.output", f"{where} output"),
+            query_scale=values.query.scale,
+            key_scale=values.key.scale,
+            value_scale=values.value.scale,
+        )
+
+    def _product(self, chain: Chain, start: str, where: str) -> Product:
+        found = self.walker.product(chain.value, where)
+        if found is None or found[1] or not self._same(found[0].x, start):
+            raise UnsupportedModel(f"{where} is not a Linear of the layer's input; supported: BERT-like encoders")
+        return found[0]
+
+    def _feed_forward(self, start: str, end: str, where: str, name: str) -> tuple[Linear, Linear]:
+        down = self._residual(start, end, f"{where} down")
+        source, _ = self.walker.graph.source(down.x)
+        matches = ((kind, match(self.walker.graph, source, pattern)) for kind, pattern in ACTIVATIONS.items())
+        activation, inner = next(((kind, m) for kind, m in matches if m is not None), (None, None))
+        if inner is None or activation is None or self.activation not in (None, activation):
+            raise UnsupportedModel(f"{where} has an unknown activation function; supported: {', '.join(ACTIVATIONS)}")
+        self.activation = activation
+        self.walker.notes.drop(inner.pairs, f"{where} activation")
+        found = self.walker.product(inner.values["x"], f"{where} up")
+        if found is None or found[1] or not self._same(found[0].x, start):
+            raise UnsupportedModel(
+                f"{where} up is not a Linear of the attention's output; supported: BERT-like encoders"
+            )
+        up = self.walker.linear(found[0], f"{name}.up", f"{where} up")
+        return up, self.walker.linear(down, f"{name}.down", f"{where} down")
+
+    def _residual(self, start: str, end: str, where: str) -> Product:
+        """Find the Linear in end = LayerNorm(linear + start)."""
+        norm = self.walker.norm(end)
+        found = self.walker.product(norm.values["x"], where) if norm else None
+        if found is None or len(found[1]) != 1 or not self._same(found[1][0], start):
+            raise UnsupportedModel(f"{where} is not one Linear added to the residual; supported: post-norm encoders")
+        self.walker.notes.drop(self.walker.graph.source(found[1][0])[1], f"{where} residual")
+        return found[0]
+
+    def _same(self, value: str, other: str) -> bool:
+        return self.walker.graph.source(value)[0] == self.walker.graph.source(other)[0]
+
+
+def _residual_stream(walker: Walker, hidden: str) -> list[str]:
+    """LayerNorm outputs from the embeddings to `hidden`: each is a term of the sum that the next one normalises."""
+    stream = [hidden]
+    while (norm := walker.norm(stream[-1])) is not None:
+        residual = [term for term in walker.terms(norm.values["x"]) if walker.norm(term) is not None]
+        if len(residual) != 1:
+            break
+        stream.append(walker.graph.source(residual[0])[0])
+    return stream[::-1]
+
+
+def _embeddings(walker: Walker, value: str, norm: LayerNorm) -> Embeddings:
+    """Tables whose rows are added: one by input ids, one by position, and one by token types or by a constant type."""
+    graph = walker.graph
+    by_input: list[Float] = []
+    position: Float | None = None
+    constant_type: Float | None = None
+    found = walker.norm(value)
+    for term in walker.terms(found.values["x"], "embeddings") if found else ():
+        node = graph.node(term)
+        table = graph.constant(node.inputs[0]) if node is not None and node.op == "Gather" else None
+        if node is None or table is None or table.ndim != 2:
+            raise UnsupportedModel(
+                "the embeddings are not a sum of table rows; supported: word, position and token type"
+            )
+        walker.notes.drop(graph.source(term)[1], "embeddings")
+        table = np.ascontiguousarray(table, np.float32)
+        index = list(graph.ancestors(node.inputs[1], through_shape=False))
+        constants = [graph.constants[name] for name in index if name in graph.constants]
+        if graph.source(node.inputs[1])[0] in graph.inputs:
+            by_input.append(table)
+        elif any(name in graph.inputs for name in index):
+            raise UnsupportedModel("the positions depend on the input ids; supported: positions 0, 1, 2, ...")
+        elif any(array.size > 1 and not array.any() for array in constants):
+            constant_type = table[0]
+        else:
+            position = table
+    if position is None or not 1 <= len(by_input) <= 2:
+        raise UnsupportedModel("the embeddings lack a word or a position table; supported: BERT-like encoders")
+    word, *types = sorted(by_input, key=len, reverse=True)
+    if constant_type is not None:
+        position = position + constant_type
+        walker.notes.lines.append("added the only token type in use to the position embeddings")
+    return Embeddings(word, position, types[0] if types else None, norm)
+
+
+def _check_all_used(walker: Walker) -> None:
+    """Raise InvalidModel if a float or quantised initializer of several values was not read; integers build shapes."""
+    graph = walker.graph
+    consumed = {name for node in graph.nodes for name in node.inputs}
+    left = [n for n in sorted(graph.initializers - graph.read) if graph.constants[n].size > 1]
+    dead = [name for name in left if name not in consumed]
+    if dead:
+        walker.notes.lines.append(f"unused tensors: {', '.join(dead)}")
+    for name in left:
+        if name in consumed and graph.constants[name].dtype in (np.float32, np.float16, np.int8, np.uint8):
+            raise InvalidModel(f"tensor {name} has no place in a BERT-like encoder; the graph computes something else")
+
+
+def _check_uniform(layers: tuple[Layer, ...]) -> None:
+    """Raise UnsupportedModel if only some parts of the encoder are quantised, or if layers differ in size."""
+    states = {}
+    for index, layer in enumerate(layers):
+        attention = layer.attention
+        scales = (attention.query_scale, attention.key_scale, attention.value_scale)
+        for name, scale in zip(("query", "key", "value"), scales, strict=True):
+            states[f"layer {index} attention {name}"] = scale is not None
+        for linear in (attention.query, attention.key, attention.value, attention.output, layer.up, layer.down):
+            states[linear.name] = linear.quantized
+    if len(set(states.values())) > 1:
+        missing = next(name for name, quantized in states.items() if not quantized)
+        raise UnsupportedModel(
+            f"{missing} is not quantised but other parts are; quantise every Linear and attention operand"
+        )
+    if len({layer.up.weight.shape for layer in layers}) > 1:
+        raise UnsupportedModel("layers differ in their intermediate size; supported: one size")
+
+
+def _labels(path: Path, head: Head) -> tuple[str, ...]:
+    """Labels of a classifier from config.json beside the model, if it has them all."""
+    if head.projection is None or "classification" not in head.kind:
+        return ()
+    try:
+        names = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["id2label"]
+        labels = tuple(str(names[str(i)]) for i in range(len(head.projection.weight)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return labels

@@ -1,0 +1,264 @@
+"""An ONNX graph as the frontend walks it: from a value back to what produced it, with constants folded.
+
+Quantize/Dequantize pairs are transparent to the walk: `Graph.source` steps over them and says which it stepped over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.errors import InvalidModel, UnsupportedModel
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSETS = range(13, 23)
+"""Supported versions of the default operator set: per-channel DequantizeLinear appears in 13."""
+
+# fmt: off
+OPERATORS = frozenset((
+    "Add", "And", "Cast", "Concat", "Constant", "ConstantOfShape", "CumSum", "DequantizeLinear", "Div",
+    "Dropout", "Equal", "Erf", "Expand", "Flatten", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual",
+    "Identity", "IsNaN", "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Not", "Or", "Pow",
+    "QuantizeLinear", "Range", "ReduceMean", "Relu", "Reshape", "Shape", "Slice", "Softmax", "Split", "Sqrt",
+    "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
+))
+# fmt: on
+"""Operators of the default domain in the supported graphs, those that only build masks and shapes included."""
+
+_PASS = ("Identity", "Dropout", "Cast")  # value-preserving when what flows through them is float32
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator: its name, inputs ("" where an optional one is left out), outputs and attributes."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A QuantizeLinear followed by its DequantizeLinear, per tensor; the zero point is of the u8 form, 0..255.
+
+    `output` is the dequantised value's name and `producer` the operator whose result is quantised.
+    """
+
+    output: str
+    producer: str
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class QuantizedConstant:
+    """real = scale * (values - zero_point), along `axis` if `scale` is a vector; all integers are s32."""
+
+    name: str
+    values: NDArray[np.int32]
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+    axis: int
+
+
+class Graph:
+    """A checked ONNX graph."""
+
+    def __init__(self, model: onnx.ModelProto, where: str) -> None:
+        """Index `model`; raises UnsupportedModel for an opset or operator, InvalidModel for a damaged graph."""
+        from onnx import numpy_helper
+
+        _check_support(model, where)
+        graph = model.graph
+        nodes = [_node(proto) for proto in graph.node]
+        try:
+            self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        except (ValueError, TypeError) as error:
+            raise InvalidModel(f"{where} holds a damaged tensor: {error}; export the model again") from None
+        self.initializers = frozenset(self.constants)
+        self.constants |= {n.outputs[0]: np.asarray(n.attributes["value"]) for n in nodes if _is_value(n)}
+        self.producers = {output: node for node in nodes for output in node.outputs}
+        self.inputs = tuple(i.name for i in graph.input if i.name not in self.initializers)
+        self.outputs = tuple(output.name for output in graph.output)
+        self.nodes = tuple(nodes)
+        self.read: set[str] = set()  # initializers whose values were used
+        for name, array in self.constants.items():
+            if array.dtype.kind == "f" and array.size > 1 and not np.isfinite(array).all():
+                raise InvalidModel(f"tensor {name} of {where} holds NaN or infinite values; the model is damaged")
+
+    def node(self, value: str) -> Node | None:
+        """Operator that produces `value`, operators without effect and Q/DQ pairs stepped over; None for an input."""
+        return self.producers.get(self.source(value)[0])
+
+    def source(self, value: str) -> tuple[str, tuple[Pair, ...]]:
+        """Step back over Q/DQ pairs and operators without effect: the value before them, and the pairs, last first."""
+        pairs = []
+        while (node := self.producers.get(value)) is not None:
+            if node.op in _PASS:
+                value = node.inputs[0]
+            elif node.op == "DequantizeLinear" and (quantize := self._quantize(node.inputs[0])) is not None:
+                pairs.append(self._pair(node, quantize))
+                value = quantize.inputs[0]
+            else:
+                break
+        return value, tuple(pairs)
+
+    def constant(self, value: str) -> NDArray[Any] | None:
+        """Value of a constant, dequantised to float32 if it is quantised; None if it depends on an input."""
+        if value in self.constants:
+            self._mark(value)
+            return self.constants[value]
+        if (quantized := self.quantized(value)) is not None:
+            return dequantize(quantized)
+        node = self.producers.get(value)
+        if node is None or node.op not in (*_PASS, "Transpose"):
+            return None
+        inner = self.constant(node.inputs[0])
+        return (
+            np.transpose(inner, node.attributes.get("perm")) if node.op == "Transpose" and inner is not None else inner
+        )
+
+    def scalar(self, value: str) -> float | None:
+        """Value of a constant with one element, or None."""
+        array = self.constant(value)
+        return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+    def quantized(self, value: str) -> QuantizedConstant | None:
+        """Find the 8- or 32-bit integers behind a dequantised constant (possibly transposed), or None."""
+        node = self.producers.get(value)
+        if node is None:
+            return None
+        if node.op == "Transpose" and (inner := self.quantized(node.inputs[0])) is not None:
+            order = list(node.attributes.get("perm", range(inner.values.ndim)[::-1]))
+            return QuantizedConstant(
+                inner.name, inner.values.transpose(order), inner.scale, inner.zero_point, order.index(inner.axis)
+            )
+        if node.op != "DequantizeLinear" or node.inputs[0] not in self.constants:
+            return None
+        values = self.constants[node.inputs[0]]
+        self._mark(*node.inputs)
+        zero_point = self._zero_point(node, values.dtype)
+        axis = int(node.attributes.get("axis", 1)) % max(values.ndim, 1)
+        return QuantizedConstant(node.inputs[0], values.astype(np.int32), self._scale(node), zero_point, axis)
+
+    def ancestors(self, value: str, through_shape: bool = True) -> Iterator[str]:
+        """Every value that `value` depends on, itself included; `Shape` ends the walk unless `through_shape`."""
+        seen, open_values = set(), [value]
+        while open_values:
+            name = open_values.pop()
+            if name in seen or not name:
+                continue
+            seen.add(name)
+            yield name
+            node = self.producers.get(name)
+            if node is not None and (through_shape or node.op != "Shape"):
+                open_values.extend(node.inputs)
+
+    def _quantize(self, value: str) -> Node | None:
+        node = self.producers.get(value)
+        return node if node is not None and node.op == "QuantizeLinear" else None
+
+    def _pair(self, dequantize: Node, quantize: Node) -> Pair:
+        parameters = []
+        for node in (quantize, dequantize):
+            scale = self._scale(node)
+            zero_point = self._zero_point(node, self._quantized_type(quantize))
+            if scale.size != 1:
+                raise UnsupportedModel(f"{node.op} of {quantize.inputs[0]} is per channel; activations are per tensor")
+            parameters.append((float(scale.reshape(())), int(zero_point.reshape(()))))
+        if parameters[0] != parameters[1]:
+            raise InvalidModel(
+                f"QuantizeLinear and DequantizeLinear of {quantize.inputs[0]} differ in scale or zero point"
+            )
+        scale_value, zero_point_value = parameters[0]
+        offset = 128 if self._quantized_type(quantize) == np.int8 else 0
+        producer = self.producers.get(quantize.inputs[0])
+        return Pair(dequantize.outputs[0], producer.op if producer else "input", scale_value, zero_point_value + offset)
+
+    def _quantized_type(self, quantize: Node) -> np.dtype[Any]:
+        name = quantize.inputs[2] if len(quantize.inputs) > 2 else ""
+        dtype = self.constants[name].dtype if name in self.constants else np.dtype(np.uint8)
+        if dtype not in (np.int8, np.uint8):
+            raise UnsupportedModel(f"{quantize.inputs[0]} is quantised to {dtype}; supported: int8, uint8")
+        return dtype
+
+    def _scale(self, node: Node) -> NDArray[np.float32]:
+        scale = self.constants.get(node.inputs[1])
+        if scale is None:
+            raise UnsupportedModel(f"the scale of {node.inputs[0]} is computed at run time; static quantisation only")
+        self._mark(node.inputs[1])
+        if not np.isfinite(scale).all() or (scale <= 0).any():
+            raise InvalidModel(f"scale {node.inputs[1]} holds a value that is NaN, infinite or not positive")
+        return scale.astype(np.float32)
+
+    def _zero_point(self, node: Node, dtype: np.dtype[Any]) -> NDArray[np.int32]:
+        name = node.inputs[2] if len(node.inputs) > 2 else ""
+        self._mark(name)
+        return self.constants.get(name, np.zeros((), dtype)).astype(np.int32)
+
+    def _mark(self, *names: str) -> None:
+        self.read.update(name for name in names if name in self.initializers)
+
+
+def dequantize(constant: QuantizedConstant) -> NDArray[np.float32]:
+    """Real values of a quantised constant, f32."""
+    shape = [1] * constant.values.ndim
+    if constant.scale.size > 1:
+        shape[constant.axis] = -1
+    scale, zero_point = (
+        array.reshape(shape) if array.size > 1 else array.reshape(()) for array in (constant.scale, constant.zero_point)
+    )
+    return (constant.values - zero_point).astype(np.float32) * scale
+
+
+def read_graph(path: Path) -> Graph:
+    """Read the ONNX file at `path`; raises InvalidModel if it is not one, UnsupportedModel for what it uses."""
+    try:
+        import onnx
+    except ImportError:
+        raise UnsupportedModel("reading ONNX needs the onnx package; pip install tilewright[pipeline]") from None
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf, the file system and onnx's external data each raise their own
+        message = " ".join(str(error).split())
+        raise InvalidModel(f"{path} is not a complete ONNX file: {message}; export or copy it again") from None
+    return Graph(model, path.name)
+
+
+def _check_support(model: onnx.ModelProto, where: str) -> None:
+    if not model.graph.node or not model.graph.output:
+        raise InvalidModel(f"{where} holds no ONNX graph; export or copy it again")
+    foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
+    unknown = foreign | {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")} - OPERATORS
+    if unknown:
+        raise UnsupportedModel(
+            f"{where} uses operators {', '.join(sorted(unknown))}; supported: {', '.join(sorted(OPERATORS))}"
+        )
+    opsets = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
+    if not opsets or opsets[0] not in OPSETS:
+        found = f"opset {opsets[0]}" if opsets else "no opset"
+        raise UnsupportedModel(f"{where} has {found}; supported: {OPSETS.start} to {OPSETS.stop - 1}")
+
+
+def _node(proto: onnx.NodeProto) -> Node:
+    from onnx import AttributeProto, helper, numpy_helper
+
+    attributes = {
+        a.name: numpy_helper.to_array(a.t) if a.type == AttributeProto.TENSOR else helper.get_attribute_value(a)
+        for a in proto.attribute
+    }
+    if attributes.get("block_size"):
+        raise UnsupportedModel(f"{proto.op_type} of {proto.input[0]} is blocked; supported: per tensor and per channel")
+    return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attributes)
+
+
+def _is_value(node: Node) -> bool:
+    return node.op == "Constant" and "value" in node.attributes
