@@ -1,0 +1,154 @@
+"""Multi-head attention over packed sequences: one parallel task per (head, token group).
+
+A task finds the sequences that overlap its 16 queries and handles each in turn, writing only the lanes that belong to it,
+so no sequence needs padding and no lane sees another sequence. Lanes are queries throughout: scores, softmax and context
+need no horizontal reduction and no transposition.
+
+Softmax weights are u8 with their largest equal to 255, and the context is divided by their integer sum: rounding them
+after division by the sum would leave long sequences with a handful of distinct small weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm.script import tirx as T
+
+from tilewright.codegen.kernels.common import at, quantize
+from tilewright.codegen.kernels.math import exp, nearbyint
+from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
+
+TILE = 4
+"""Keys, then channels, whose accumulators are live together: 4 x 16 lanes fill half of AVX2's registers."""
+
+LOWEST = -(2**31)
+
+
+def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.tirx.PrimFunc:
+    """context = softmax(q k^T) v for `n` heads of `k` channels each.
+
+    Arguments: query, key [H / pack, padded, 16, pack] and value [H, padded, 16] as the Qkv epilogue writes them, offsets
+    i32[B + 1], quant f32[3] = (query scale * key scale / sqrt(k), value scale / context scale, context zero point);
+    output: context u8 in the layout `consumer`, 0 in lanes of no sequence.
+    Blocks `score` and `context` are dot products [16, pack] x [pack] -> s32[16] for tensorize.
+    """
+    heads, channels, operands = workload.n, workload.k, workload.operands
+    pack, hidden, stored = operands.pack, workload.n * workload.k, operands.activation
+    rows = channels // pack
+    positions = -(-max_positions // TILE) * TILE
+
+    def probability(difference: Any, scale: Any) -> Any:
+        return T.cast(nearbyint(exp(T.cast(difference, "float32") * scale) * T.float32(255.0)), "int32")
+
+    def output(accumulator: Any, weight_sum: Any, scale: Any, zero_point: Any) -> Any:
+        real = T.cast(accumulator, "float32") * scale / T.cast(weight_sum, "float32")
+        return quantize(real, 0, 255, stored, zero_point)
+
+    @T.prim_func(s_tir=True)
+    def attention(
+        query_: T.handle, key_: T.handle, value_: T.handle, offsets_: T.handle, quant: T.Buffer((3,), "float32"), context_: T.handle
+    ):
+        T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
+        groups = T.int32()
+        padded = T.int32()
+        ends = T.int32()
+        query = T.match_buffer(query_, (hidden // pack, padded, GROUP, pack), operands.attention)
+        key = T.match_buffer(key_, (hidden // pack, padded, GROUP, pack), operands.key)
+        value = T.match_buffer(value_, (hidden, padded, GROUP), operands.attention)
+        offsets = T.match_buffer(offsets_, (ends,), "int32")
+        context = T.match_buffer(context_, at(consumer, groups, GROUP, hidden), stored)
+        for h, g in T.grid(heads, groups):
+            with T.sblock("attention"):
+                head, group = T.axis.remap("SS", [h, g])
+                T.reads(query[:, :, :, :], key[:, :, :, :], value[:, :, :], offsets[:], quant[:])
+                T.writes(context[:, :, :])
+                scores = T.sblock_alloc_buffer((positions, GROUP), "int32")
+                weights = T.sblock_alloc_buffer((positions // pack, GROUP, pack), stored)
+                tile = T.sblock_alloc_buffer((TILE, GROUP), "int32")
+                largest = T.sblock_alloc_buffer((GROUP,), "int32")
+                total = T.sblock_alloc_buffer((GROUP,), "int32")
+                for c in T.serial(channels):
+                    for i in T.vectorized(GROUP):
+                        context[at(consumer, group, i, head * channels + c)] = T.cast(0, stored)
+                for b in T.serial(ends - 1):
+                    if offsets[b + 1] > group * GROUP and offsets[b] < group * GROUP + GROUP:
+                        start: T.let = offsets[b]
+                        length: T.let = offsets[b + 1] - offsets[b]
+                        # scores of whole key tiles; the largest counts true keys only
+                        for i in T.vectorized(GROUP):
+                            largest[i] = LOWEST
+                        for block in T.serial(T.ceildiv(length, TILE)):
+                            for j in T.unroll(TILE):
+                                for i in T.vectorized(GROUP):
+                                    tile[j, i] = 0
+                            for c in T.serial(rows):
+                                for j in T.unroll(TILE):
+                                    with T.sblock("score"):
+                                        vj = T.axis.spatial(TILE, j)
+                                        row = T.axis.reduce(hidden // pack, head * rows + c)
+                                        token = T.axis.spatial(padded * GROUP, start + block * TILE + j)
+                                        T.reads(
+                                            tile[vj, 0:GROUP],
+                                            query[row, group, 0:GROUP, 0:pack],
+                                            key[row, token // GROUP, token % GROUP, 0:pack],
+                                        )
+                                        T.writes(tile[vj, 0:GROUP])
+                                        for i, p in T.grid(GROUP, pack):
+                                            with T.sblock("score_dot"):
+                                                vi, vp = T.axis.remap("SR", [i, p])
+                                                tile[vj, vi] = tile[vj, vi] + T.cast(
+                                                    query[row, group, vi, vp], "int32"
+                                                ) * T.cast(key[row, token // GROUP, token % GROUP, vp], "int32")
+                            for j in T.unroll(TILE):
+                                for i in T.vectorized(GROUP):
+                                    scores[block * TILE + j, i] = tile[j, i]
+                                    largest[i] = T.max(
+                                        largest[i], T.Select(block * TILE + j < length, tile[j, i], LOWEST)
+                                    )
+                        # weights, zero past the last key so that whole packs can be multiplied
+                        for i in T.vectorized(GROUP):
+                            total[i] = 0
+                        for block in T.serial(T.ceildiv(length, pack)):
+                            for p in T.unroll(pack):
+                                for i in T.vectorized(GROUP):
+                                    tile[0, i] = T.Select(
+                                        block * pack + p < length,
+                                        probability(scores[block * pack + p, i] - largest[i], quant[0]),
+                                        0,
+                                    )
+                                for i in T.vectorized(GROUP):
+                                    weights[block, i, p] = T.cast(tile[0, i], stored)
+                                    total[i] = total[i] + tile[0, i]
+                        for block in T.serial(channels // TILE):
+                            for c in T.unroll(TILE):
+                                for i in T.vectorized(GROUP):
+                                    tile[c, i] = 0
+                            for j in T.serial(T.ceildiv(length, pack)):
+                                for c in T.unroll(TILE):
+                                    with T.sblock("context"):
+                                        vc = T.axis.spatial(TILE, c)
+                                        channel = T.axis.spatial(hidden, head * channels + block * TILE + c)
+                                        pair = T.axis.reduce(positions // pack, j)
+                                        token = T.axis.reduce(padded * GROUP, start + j * pack)
+                                        T.reads(
+                                            tile[vc, 0:GROUP],
+                                            weights[pair, 0:GROUP, 0:pack],
+                                            value[channel, token // GROUP, token % GROUP : token % GROUP + pack],
+                                        )
+                                        T.writes(tile[vc, 0:GROUP])
+                                        for i, p in T.grid(GROUP, pack):
+                                            with T.sblock("context_dot"):
+                                                vi, vp = T.axis.remap("SR", [i, p])
+                                                tile[vc, vi] = tile[vc, vi] + T.cast(weights[pair, vi, vp], "int32") * T.cast(
+                                                    value[channel, token // GROUP, token % GROUP + vp], "int32"
+                                                )
+                            for c in T.unroll(TILE):
+                                for i in T.vectorized(GROUP):
+                                    context[at(consumer, group, i, head * channels + block * TILE + c)] = T.Select(
+                                        T.And(group * GROUP + i >= start, group * GROUP + i < start + length),
+                                        output(tile[c, i], total[i], quant[1], quant[2]),
+                                        context[at(consumer, group, i, head * channels + block * TILE + c)],
+                                    )
+
+    return attention

@@ -1,0 +1,76 @@
+"""What every kernel shares: stages, layouts, quantised stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from tilewright.codegen.kernels.math import nearbyint
+from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
+
+Expr = Any  # tirx.PrimExpr; TVM ships no type information
+
+
+def at(layout: Layout, group: Expr, token: Expr, channel: Expr) -> list[Expr]:
+    """Indices (or shape) of an activation: rows is [G, 16, C], columns is [G, C, 16]."""
+    return [group, token, channel] if layout == "rows" else [group, channel, token]
+
+
+def prim_func(workload: Workload, body: Callable[[], None]) -> tvm.tirx.PrimFunc:
+    """Run `body` inside a new PrimFunc tagged with `workload`; `body` declares arguments with `arg`."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(workload.op)
+            T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
+            body()
+    return builder.get()
+
+
+def arg(name: str, shape: list[Expr], dtype: str) -> Any:
+    """Declare the next argument of the current PrimFunc: a buffer of `shape` and `dtype`."""
+    return T.arg(name, T.Buffer(tuple(shape), dtype))
+
+
+def scratch(name: str, shape: list[Expr], dtype: str) -> Any:
+    """Allocate a buffer in the current block."""
+    buffer = T.sblock_alloc_buffer(tuple(shape), dtype)
+    IRBuilder.name(name, buffer)
+    return buffer
+
+
+@contextmanager
+def stage(name: str, spatial: dict[str, Expr], reduced: dict[str, Expr] | None = None) -> Iterator[list[Expr]]:
+    """A loop nest around one block `name`; yields the block's axes, spatial ones first, named after the keys."""
+    extents = {**spatial, **(reduced or {})}
+    with T.grid(*extents.values()) as loops:
+        variables = list(loops) if len(extents) > 1 else [loops if isinstance(loops, tirx.Var) else loops[0]]
+        for key, loop in zip(extents, variables, strict=True):
+            IRBuilder.name(key, loop)
+        with T.sblock(name):
+            axes = []
+            for index, ((key, extent), loop) in enumerate(zip(extents.items(), variables, strict=True)):
+                kind = T.axis.spatial if index < len(spatial) else T.axis.reduce
+                axes.append(kind(extent, loop))
+                IRBuilder.name(f"v{key}", axes[-1])
+            yield axes
+
+
+def store(buffer: Any, value: Expr, indices: list[Expr]) -> None:
+    """buffer[indices] = value."""
+    T.buffer_store(buffer, value, indices)
+
+
+def quantize(value: Expr, low: int, high: int, dtype: str, zero_point: Expr = 0.0, offset: int = 0) -> Expr:
+    """clip(rne(value) + zero_point, low, high) + offset as `dtype`; value is already divided by the scale."""
+    real = nearbyint(value) + zero_point
+    clipped = T.min(T.max(real, T.float32(low)), T.float32(high))
+    return T.cast(T.cast(clipped, "int32") + offset, dtype)
+
+
+__all__ = ["GROUP", "Expr", "arg", "at", "prim_func", "quantize", "scratch", "stage", "store"]

@@ -1,0 +1,37 @@
+"""Embedding lookup, sum and LayerNorm."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, scratch, stage, store
+from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
+from tilewright.codegen.workload import Workload
+
+
+def embedding(workload: Workload, norm: Norm, positions: int, token_types: int) -> tvm.tirx.PrimFunc:
+    """The embedding kernel for a vocabulary of `n` words and `k` channels.
+
+    Arguments: input_ids, position_ids and (if token_types > 0) token_type_ids i32[G, 16], the tables word f32[V, H],
+    position f32[P, H] and token_type f32[T, H], then gamma, beta, quant and the outputs of `norm_stages`.
+    """
+    vocabulary, hidden = workload.n, workload.k
+
+    def body() -> None:
+        groups = tirx.Var("G", "int32")
+        names = ["word", "position"] + (["token_type"] if token_types else [])
+        ids = [arg(f"{name}_ids", [groups, GROUP], "int32") for name in names]
+        sizes = {"word": vocabulary, "position": positions, "token_type": token_types}
+        tables = [arg(name, [sizes[name], hidden], "float32") for name in names]
+        args = norm_args(hidden)
+        outputs = norm_outputs(groups, hidden, norm, workload.operands)
+        pre = scratch("pre", at(norm.residual, groups, GROUP, hidden), "float32")
+        with stage("embed", {"g": groups, "t": GROUP, "c": hidden}) as (g, t, c):
+            total: Expr = tables[0][ids[0][g, t], c]
+            for table, index in zip(tables[1:], ids[1:], strict=True):
+                total = total + table[index[g, t], c]
+            store(pre, total, at(norm.residual, g, t, c))
+        norm_stages(pre, groups, hidden, norm, workload.operands, args, outputs)
+
+    return prim_func(workload, body)

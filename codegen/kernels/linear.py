@@ -1,0 +1,221 @@
+"""INT8 linear kernels: a sparse or dense product in one of two orientations, followed by one of three fused epilogues.
+
+The sparse axis `e` runs over the whole width of the matrix, so that every loop is affine and all schedule primitives apply;
+once scheduled, `codegen.trim` replaces its extent by the true count of the row-block, `indptr[nb + 1] - indptr[nb]`.
+Reads of `index` and `indptr` are left out of the product's declared reads: tensorize compares operands one to one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tvm
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, quantize, scratch, stage, store
+from tilewright.codegen.kernels.math import ACTIVATIONS
+from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
+from tilewright.codegen.workload import FAMILY_LAYOUT, Layout, Workload
+
+
+@dataclass(frozen=True)
+class Qkv:
+    """Epilogue: the concatenated q, k, v as attention wants them.
+
+    q, k: [H / pack, G + 1, 16, pack], neighbouring channels of a token adjacent. v: [H, G + 1, 16]. The last group is
+    never written; attention may read a few tokens past the end and discards what it finds.
+    """
+
+
+@dataclass(frozen=True)
+class Activate:
+    """Epilogue: activation function, then u8 in the layout of the next linear."""
+
+    activation: str
+    consumer: Layout
+
+
+@dataclass(frozen=True)
+class AddNorm:
+    """Epilogue: residual add and LayerNorm."""
+
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Epilogue: the int32 sums with the zero point folded in, [G, C, 16] or [G, 16, C]; what tests compare bit for bit."""
+
+
+Epilogue = Qkv | Activate | AddNorm | Raw
+
+
+def row_block(workload: Workload) -> int:
+    """Outputs of one row-block as stored: the sparse block's, or the packing unit of a dense matrix."""
+    if workload.block is not None:
+        return workload.block[0]
+    return next(width for width in DENSE_ROW_BLOCKS if workload.n % width == 0)
+
+
+DENSE_ROW_BLOCKS: tuple[int, ...] = (48, 32, 24, 16, 8)
+"""Outputs that a dense `row` kernel keeps together, widest first; one must divide N."""
+
+
+def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
+    """The kernel of `workload`.
+
+    Arguments: x (activation dtype, family's layout), the packed weights of `packing.pack_linear` (weight, and for sparse
+    blocks index u16 and indptr i32), fold i32[N], scale f32[N], bias f32[N], the epilogue's own arguments, its outputs.
+    The integer part of output n of token t is sum(x * w) + fold[n]; the real value is that times scale[n] plus bias[n].
+    """
+
+    def body() -> None:
+        groups = tirx.Var("G", "int32")
+        layout = FAMILY_LAYOUT[workload.family]  # type: ignore[index]  # None only for other ops
+        x = arg("x", at(layout, groups, GROUP, workload.k), workload.operands.activation)
+        acc = _PRODUCTS[workload.family](workload, x, groups)  # type: ignore[index]
+        fold = arg("fold", [workload.n], "int32")
+        scale = arg("scale", [workload.n], "float32")
+        bias = arg("bias", [workload.n], "float32")
+        width = row_block(workload)
+
+        def integer(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
+            tile = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, t]
+            return tile + fold[nb * width + ni]
+
+        def real(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
+            n = nb * width + ni
+            return T.cast(integer(g, t, nb, ni), "float32") * scale[n] + bias[n]
+
+        order = ("g", "t", "nb", "ni") if layout == "rows" else ("g", "nb", "ni", "t")
+        extents = {"g": groups, "t": GROUP, "nb": workload.n // width, "ni": width}
+        axes = {name: extents[name] for name in order}
+        _EPILOGUES[type(epilogue)](workload, epilogue, axes, integer if isinstance(epilogue, Raw) else real, layout)
+
+    return prim_func(workload, body)
+
+
+def _product_row(workload: Workload, x: Any, groups: Expr) -> Any:
+    """acc[g, t, nb, ni] over weight s8[entries, bk / pack, bn, pack]; a dense matrix has K / pack entries per row-block."""
+    pack, width = workload.operands.pack, row_block(workload)
+    blocks = workload.n // width
+    if workload.block is None:
+        inner, entries = pack, workload.k // pack
+        weight = arg("weight", [blocks, entries, 1, width, pack], "int8")
+        index = indptr = None
+    else:
+        inner, entries = workload.block[1], workload.k // workload.block[1]
+        weight, index, indptr = _sparse_args([inner // pack, width, pack], [], blocks, "int8")
+    acc = scratch("acc", [groups, GROUP, blocks, width], "int32")
+    reduced = {"e": entries, "kp": inner // pack, "ki": pack}
+    with stage("product", {"g": groups, "t": GROUP, "nb": blocks, "ni": width}, reduced) as (g, t, nb, ni, e, kp, ki):
+        if index is None:
+            left, right = x[g, t, e * pack + ki], weight[nb, e, kp, ni, ki]
+        else:
+            entry = indptr[nb] + e
+            left = x[g, t, T.cast(index[entry], "int32") * inner + kp * pack + ki]
+            right = weight[entry, kp, ni, ki]
+        _multiply_add(acc, [g, t, nb, ni], left, right)
+    return acc
+
+
+def _product_gather(workload: Workload, x: Any, groups: Expr) -> Any:
+    """acc[g, nb, ni, t] over weight[entries, bn, pack] and index u16[entries, pack]: `pack` rows of x are interleaved first."""
+    pack, width = workload.operands.pack, row_block(workload)
+    blocks, entries = workload.n // width, -(-workload.k // pack)
+    weight, index, indptr = _sparse_args([width, pack], [pack], blocks, workload.operands.weight)
+    gathered = scratch("gathered", [groups, blocks, entries, GROUP, pack], workload.operands.activation)
+    acc = scratch("acc", [groups, blocks, width, GROUP], "int32")
+    with stage("gather", {"g": groups, "nb": blocks, "e": entries, "p": pack, "t": GROUP}) as (g, nb, e, p, t):
+        T.reads(x[g, 0 : workload.k, t], index[indptr[nb] + e, p])
+        T.writes(gathered[g, nb, e, t, p])
+        store(gathered, x[g, T.cast(index[indptr[nb] + e, p], "int32"), t], [g, nb, e, t, p])
+    spatial = {"g": groups, "nb": blocks, "ni": width, "t": GROUP}
+    with stage("product", spatial, {"e": entries, "ki": pack}) as (g, nb, ni, t, e, ki):
+        _multiply_add(acc, [g, nb, ni, t], gathered[g, nb, e, t, ki], weight[indptr[nb] + e, ni, ki])
+    return acc
+
+
+_PRODUCTS = {"row": _product_row, "gather": _product_gather}
+
+
+def _sparse_args(entry: list[int], index: list[int], blocks: int, dtype: str) -> tuple[Any, Any, Any]:
+    """Declare weight[Z, *entry], index u16[Z, *index] and indptr i32[blocks + 1]; Z is the number of stored entries."""
+    stored = tirx.Var("Z", "int32")
+    return (
+        arg("weight", [stored, *entry], dtype),
+        arg("index", [stored, *index], "uint16"),
+        arg("indptr", [blocks + 1], "int32"),
+    )
+
+
+def _multiply_add(acc: Any, indices: list[Expr], left: Expr, right: Expr) -> None:
+    """acc[indices] += i32(left) * i32(right), reads declared as [left, right] only."""
+    T.reads(left, right)
+    T.writes(acc[tuple(indices)])
+    with T.init():
+        store(acc, 0, indices)
+    store(acc, acc[tuple(indices)] + T.cast(left, "int32") * T.cast(right, "int32"), indices)
+
+
+def _epilogue_raw(workload: Workload, _: Raw, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
+    out = arg("sums", at(layout, axes["g"], GROUP, workload.n), "int32")
+    with stage("epilogue", axes) as variables:
+        axis = dict(zip(axes, variables, strict=True))
+        store(out, value(**axis), at(layout, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"]))
+
+
+def _epilogue_qkv(workload: Workload, _: Qkv, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
+    operands, hidden = workload.operands, workload.n // 3
+    padded, pack = tirx.Var("padded", "int32"), operands.pack
+    query = arg("query", [hidden // pack, padded, GROUP, pack], operands.attention)
+    key = arg("key", [hidden // pack, padded, GROUP, pack], operands.key)
+    values = arg("value", [hidden, padded, GROUP], operands.attention)
+    with stage("epilogue", axes) as variables:
+        axis = dict(zip(axes, variables, strict=True))
+        g, t, n = axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"]
+        real = value(**axis)
+        with T.If(n < hidden):
+            with T.Then():
+                store(query, quantize(real, -127, 127, operands.attention), [n // pack, g, t, n % pack])
+            with T.Else(), T.If(n < 2 * hidden):
+                with T.Then():
+                    c = n - hidden
+                    quantized = quantize(real, -127, 127, operands.key, offset=operands.key_offset)
+                    store(key, quantized, [c // pack, g, t, c % pack])
+                with T.Else():
+                    store(values, quantize(real, -127, 127, operands.attention), [n - 2 * hidden, g, t])
+
+
+def _epilogue_activate(workload: Workload, epilogue: Activate, axes: dict[str, Expr], value: Any, _: Layout) -> None:
+    quant = arg("quant", [2], "float32")
+    out = arg("activated", at(epilogue.consumer, axes["g"], GROUP, workload.n), workload.operands.activation)
+    with stage("epilogue", axes) as variables:
+        axis = dict(zip(axes, variables, strict=True))
+        real = ACTIVATIONS[epilogue.activation](value(**axis)) * quant[0]
+        index = at(epilogue.consumer, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"])
+        store(out, quantize(real, 0, 255, workload.operands.activation, quant[1]), index)
+
+
+def _epilogue_add_norm(workload: Workload, epilogue: AddNorm, axes: dict[str, Expr], value: Any, _: Layout) -> None:
+    norm, groups, hidden = epilogue.norm, axes["g"], workload.n
+    residual = arg("residual", at(norm.residual, groups, GROUP, hidden), "float32")
+    args = norm_args(hidden)
+    outputs = norm_outputs(groups, hidden, norm, workload.operands)
+    pre = scratch("pre", at(norm.residual, groups, GROUP, hidden), "float32")
+    with stage("epilogue", axes) as variables:
+        axis = dict(zip(axes, variables, strict=True))
+        index = at(norm.residual, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"])
+        store(pre, value(**axis) + residual[tuple(index)], index)
+    norm_stages(pre, groups, hidden, norm, workload.operands, args, outputs)
+
+
+EpilogueName = Literal["qkv", "activate", "add_norm", "raw"]
+_EPILOGUES: dict[type, Any] = {
+    Raw: _epilogue_raw,
+    Qkv: _epilogue_qkv,
+    Activate: _epilogue_activate,
+    AddNorm: _epilogue_add_norm,
+}

@@ -1,0 +1,92 @@
+"""Vectorisable float32 functions: polynomials instead of libm calls, which would be made per element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+Expr = Any  # tirx.PrimExpr; TVM ships no type information
+
+
+def nearbyint(x: Expr) -> Expr:
+    """Round to nearest, ties to even."""
+    return tirx.nearbyint(x)
+
+
+def _let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """body(v) with v bound to `value` once: an expression tree would repeat it at every use."""
+    variable = tirx.Var("v", "float32")
+    return tirx.Let(variable, value, body(variable))
+
+
+def _horner(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """Polynomial with `coefficients` from the highest degree down."""
+    result: Expr = T.float32(coefficients[0])
+    for coefficient in coefficients[1:]:
+        result = result * x + T.float32(coefficient)
+    return result
+
+
+# 2^f = sum (f ln 2)^i / i!, truncated at degree 6: relative error below 2e-7 for |f| <= 0.5
+_EXP2 = [math.log(2.0) ** i / math.factorial(i) for i in range(6, -1, -1)]
+
+
+def exp(x: Expr) -> Expr:
+    """e**x, relative error below 1e-6 for -87 <= x <= 88; x is clamped to that range."""
+
+    def from_power(power: Expr) -> Expr:
+        def from_rounded(rounded: Expr) -> Expr:
+            mantissa = _let(power - rounded, lambda fraction: _horner(fraction, _EXP2))
+            exponent = (T.cast(rounded, "int32") + 127) << 23
+            return mantissa * T.reinterpret("float32", exponent)
+
+        return _let(nearbyint(power), from_rounded)
+
+    return _let(T.min(T.max(x, T.float32(-87.0)), T.float32(88.0)) * T.float32(math.log2(math.e)), from_power)
+
+
+# Abramowitz & Stegun, Handbook of Mathematical Functions, 7.1.26: absolute error below 1.5e-7
+_ERF_P = 0.3275911
+_ERF = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0]
+
+
+def erf(x: Expr) -> Expr:
+    """The error function, absolute error below 5e-7."""
+
+    def from_magnitude(magnitude: Expr) -> Expr:
+        tail = _let(T.float32(1.0) / (T.float32(1.0) + T.float32(_ERF_P) * magnitude), lambda t: _horner(t, _ERF))
+        return _let(
+            T.float32(1.0) - tail * exp(T.float32(0.0) - magnitude * magnitude),
+            lambda value: T.Select(x < T.float32(0.0), T.float32(0.0) - value, value),
+        )
+
+    return _let(T.max(x, T.float32(0.0) - x), from_magnitude)
+
+
+def tanh(x: Expr) -> Expr:
+    """The hyperbolic tangent, absolute error below 1e-6."""
+    return T.float32(1.0) - T.float32(2.0) / (exp(x * T.float32(2.0)) + T.float32(1.0))
+
+
+def _gelu(x: Expr) -> Expr:
+    return _let(x, lambda v: T.float32(0.5) * v * (T.float32(1.0) + erf(v * T.float32(math.sqrt(0.5)))))
+
+
+def _gelu_tanh(x: Expr) -> Expr:
+    scale = T.float32(math.sqrt(2.0 / math.pi))
+    return _let(
+        x,
+        lambda v: T.float32(0.5) * v * (T.float32(1.0) + tanh(scale * (v + T.float32(0.044715) * v * v * v))),
+    )
+
+
+ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": lambda x: T.max(x, T.float32(0.0)),
+    "tanh": tanh,
+}

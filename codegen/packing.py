@@ -1,0 +1,70 @@
+"""Weights in the layout that kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.block_sparse import BlockSparseMatrix
+from tilewright.codegen.kernels.linear import row_block
+from tilewright.codegen.workload import Workload
+from tilewright.errors import UnsupportedModel
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """The first arguments of a linear kernel after x: weight, and index and indptr of a sparse one."""
+
+    weight: Array
+    index: NDArray[np.uint16] | None = None
+    indptr: NDArray[np.int32] | None = None
+
+    def arguments(self) -> dict[str, Array]:
+        """Name to array, in the kernel's order."""
+        named = {"weight": self.weight, "index": self.index, "indptr": self.indptr}
+        return {name: array for name, array in named.items() if array is not None}
+
+
+def pack_linear(workload: Workload, weight: NDArray[np.int8]) -> PackedLinear:
+    """Pack weight s8[N, K] for `workload`; raises UnsupportedModel if its shape does not fit the packing."""
+    n, k = weight.shape
+    pack = workload.operands.pack
+    if workload.block is None:
+        width = row_block(workload)
+        packed = weight.reshape(n // width, width, k // pack, pack).transpose(0, 2, 1, 3)
+        return PackedLinear(np.ascontiguousarray(packed[:, :, None]))
+    matrix = BlockSparseMatrix.from_dense(weight, workload.block)
+    if k // workload.block[1] > np.iinfo(np.uint16).max:
+        raise UnsupportedModel(f"linear {n}x{k} has more block columns than a 16-bit index holds (65535)")
+    return (_pack_row if workload.family == "row" else _pack_gather)(workload, matrix)
+
+
+def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+    """Entries [bk / pack, bn, pack], one per block."""
+    pack = workload.operands.pack
+    bn, bk = matrix.block
+    weight = matrix.data.reshape(-1, bn, bk // pack, pack).transpose(0, 2, 1, 3)
+    return PackedLinear(
+        np.ascontiguousarray(weight), matrix.indices.astype(np.uint16), matrix.indptr.astype(np.int32)
+    )
+
+
+def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+    """Entries [bn, pack] of `pack` non-zero columns each; the last entry of a row-block is filled with zero weights."""
+    pack = workload.operands.pack
+    bn, _ = matrix.block
+    counts = np.diff(matrix.indptr)
+    entries = -(-counts // pack)
+    indptr = np.concatenate([[0], np.cumsum(entries)])
+    # position of every block in the padded sequence
+    target = np.arange(len(matrix.indices)) + np.repeat(indptr[:-1] * pack - matrix.indptr[:-1], counts)
+    weight = np.zeros((indptr[-1] * pack, bn), workload.operands.weight)
+    index = np.zeros(indptr[-1] * pack, np.uint16)
+    weight[target] = matrix.data[:, :, 0]
+    index[target] = matrix.indices
+    weight = weight.reshape(-1, pack, bn).transpose(0, 2, 1)
+    return PackedLinear(np.ascontiguousarray(weight), index.reshape(-1, pack), indptr.astype(np.int32))

@@ -1,0 +1,92 @@
+"""`Workload`: the identity of a kernel, shared by lowering, schedules and tuning records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+GROUP = 16
+"""Tokens of one group: the unit to which the packed token axis is rounded up."""
+
+SCHEMA = 1
+"""Version of `Workload.key()`; part of every tuning record."""
+
+ATTRIBUTE = "tilewright.workload"
+"""PrimFunc attribute that carries the workload's JSON."""
+
+Layout = Literal["rows", "columns"]
+"""Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16]."""
+
+Family = Literal["row", "column", "gather"]
+"""Where a linear kernel's vector lanes lie: over outputs (row) or over tokens (column, gather)."""
+
+FAMILY_LAYOUT: dict[Family, Layout] = {"row": "rows", "gather": "columns"}
+"""The layout in which each family reads its activations."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How the integer operands of one ISA level are stored.
+
+    pack: neighbouring products summed by one instruction lane (2 for 16-bit, 4 for 8-bit operands).
+    activation: dtype that holds u8 activations (int16 where the multiplier is 16-bit, else uint8).
+    weight: dtype of broadcast weights in the column and gather families; `row` always stores int8.
+    attention: dtype of queries and values. key: dtype of keys, stored as s8 value + key_offset: an unsigned key
+    adds key_offset * sum(query) to all scores of a query, which softmax cancels exactly.
+    """
+
+    pack: int
+    activation: str
+    weight: str
+    attention: str
+    key: str
+    key_offset: int
+
+
+INT16_PAIRS = Operands(2, "int16", "int16", "int16", "int16", 0)
+INT8_QUADS = Operands(4, "uint8", "int8", "int8", "uint8", 128)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a kernel computes, free of the weights' values and of the number of tokens.
+
+    op: linear, attention, embedding or head. n, k: outputs and inputs (heads and head_dim for attention).
+    block: sparse block (outputs, inputs), None if dense. epilogue: what follows the product. density: percent of
+    non-zero blocks rounded up to a multiple of 5. tokens: bucket a record was tuned for, 0 if it serves any.
+    """
+
+    op: str
+    n: int
+    k: int
+    isa: str
+    operands: Operands
+    epilogue: str = ""
+    family: Family | None = None
+    block: tuple[int, int] | None = None
+    density: int = 100
+    tokens: int = 0
+    threads: int = 0
+
+    def key(self) -> str:
+        """The tuning-record key: one line, stable across processes and TVM versions."""
+        block = "dense" if self.block is None else f"{self.block[0]}x{self.block[1]}"
+        operands = f"{self.operands.activation}x{self.operands.weight}"
+        return (
+            f"v{SCHEMA}:{self.op}:{self.n}x{self.k}:{block}:{self.family or '-'}:d{self.density}:{operands}:"
+            f"{self.epilogue or '-'}:t{self.tokens}:c{self.threads}:{self.isa}"
+        )
+
+    def to_json(self) -> str:
+        """All fields as JSON, for ATTRIBUTE."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Workload:
+        """Inverse of `to_json`."""
+        fields = json.loads(text)
+        fields["operands"] = Operands(**fields["operands"])
+        fields["block"] = tuple(fields["block"]) if fields["block"] else None
+        return cls(**fields)

@@ -1,0 +1,51 @@
+"""Schedules of the embedding and head kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from tilewright.codegen.workload import Layout
+from tilewright.schedules.norm import schedule_norm, vector_lanes
+
+TOKENS = 4
+"""Tokens whose float32 accumulators are live together in a head's projection."""
+
+
+def schedule_embedding(sch: Schedule, layout: Layout) -> None:
+    """One parallel loop over groups for the lookup, vectorised along channels, and one for the LayerNorm."""
+    group, _, channel = sch.get_loops(sch.get_sblock("embed"))
+    sch.parallel(group)
+    sch.vectorize(sch.split(channel, [None, vector_lanes(sch, channel)])[1])
+    schedule_norm(sch, layout)
+
+
+def schedule_token_head(sch: Schedule) -> None:
+    """Register tiles of 4 tokens x 16 outputs, parallel over groups."""
+    project = sch.get_sblock("project")
+    g, t, no, ni, k = sch.get_loops(project)
+    outer, inner = sch.split(t, [None, TOKENS])
+    sch.reorder(g, no, outer, k, inner, ni)
+    sch.parallel(g)
+    _vectorize_sum(sch, project, k, [inner], ni)
+
+
+def schedule_sequence_head(sch: Schedule, has_pre: bool) -> None:
+    """One sequence at a time, vectorised over outputs."""
+    for name in ("pre", "project") if has_pre else ("project",):
+        block = sch.get_sblock(name)
+        _, _, ni, k = sch.get_loops(block)
+        sch.reorder(k, ni)
+        _vectorize_sum(sch, block, k, [], ni)
+
+
+def _vectorize_sum(sch: Schedule, block: Any, k: Any, tile: list[Any], lanes: Any) -> None:
+    for loop in tile:
+        sch.unroll(loop)
+    sch.vectorize(lanes)
+    init = sch.decompose_reduction(block, k)
+    loops = sch.get_loops(init)
+    sch.vectorize(loops[-1])
+    for loop in loops[len(loops) - 1 - len(tile) : -1]:
+        sch.unroll(loop)

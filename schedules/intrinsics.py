@@ -1,0 +1,173 @@
+"""Tensor intrinsics: the integer dot products of each ISA level, with their declared operand layouts.
+
+Every intrinsic is C s32[lanes] += sum over p < pack of vector[lanes, p] * scalar[p]. `form` tells where it is used:
+- tokens: lanes are the 16 tokens of a group; `vector` holds activations, `scalar` weights (column, gather, attention);
+- outputs: lanes are outputs; `vector` holds weights s8, `scalar` the activations of one token (row).
+
+Names are a file format, because tuning records contain them: `tw.dot_<activations><weights>s32_<m>x<n>x<k>.<isa>`
+with m tokens, n outputs and k products.
+TVM does not check operand layout when it tensorizes, so a schedule must pass buffers in the layout declared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import tirx
+from tvm.s_tir import TensorIntrin
+from tvm.script import tirx as T
+
+from tilewright.codegen.workload import GROUP
+
+Form = Literal["tokens", "outputs"]
+Emit = Callable[["IntrinSpec", Any, Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class IntrinSpec:
+    """One dot product, exact for all values within `vector_range` and `scalar_range` (inclusive), none saturating.
+
+    Layout: vector [lanes, pack], scalar [pack] and C [lanes], each row-major and contiguous.
+    step: lanes of one instruction. emit: (spec, C, vector, scalar repeated step times) -> C, as TIR vectors.
+    """
+
+    isa: str
+    form: Form
+    vector: str
+    scalar: str
+    lanes: int
+    pack: int
+    step: int
+    emit: Emit
+    vector_range: tuple[int, int]
+    scalar_range: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+        short = {"int8": "s8", "uint8": "u8", "int16": "s16"}
+        vector, scalar = short[self.vector], short[self.scalar]
+        if self.form == "tokens":
+            return f"tw.dot_{vector}{scalar}s32_{self.lanes}x1x{self.pack}.{self.isa}"
+        return f"tw.dot_{scalar}{vector}s32_1x{self.lanes}x{self.pack}.{self.isa}"
+
+    def reference(self, acc: NDArray[Any], vector: NDArray[Any], scalar: NDArray[Any]) -> NDArray[np.int32]:
+        """What the intrinsic computes, in NumPy: s32[lanes]."""
+        return (acc + vector.astype(np.int64) @ scalar.astype(np.int64)).astype(np.int32)
+
+
+def _madd(spec: IntrinSpec, acc: Any, vector: Any, scalar: Any) -> Any:
+    """pmaddwd and paddd: a pair of s16 products cannot exceed s32 unless all four factors are -32768."""
+    wide = tirx.Cast(f"int16x{spec.step * 2}", vector) if spec.vector == "int8" else vector
+    intrinsic = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd"}[spec.step]
+    return acc + tirx.call_llvm_pure_intrin(f"int32x{spec.step}", intrinsic, wide, scalar)
+
+
+def _vpdpbusd(spec: IntrinSpec, acc: Any, vector: Any, scalar: Any) -> Any:
+    """vpdpbusd: four u8 x s8 products and the accumulator summed in s32 without saturation. The u8 operand comes first."""
+    operands = (vector, scalar) if spec.vector == "uint8" else (scalar, vector)
+    signed = (tirx.reinterpret(f"int8x{spec.step * 4}", operand) for operand in operands)
+    return tirx.call_llvm_pure_intrin(f"int32x{spec.step}", "llvm.x86.avx512.vpdpbusd.512", acc, *signed)
+
+
+_S16, _S8, _U8 = (-32767, 32767), (-128, 127), (0, 255)
+
+INTRINSICS: dict[str, IntrinSpec] = {
+    spec.name: spec
+    for spec in (
+        IntrinSpec("portable", "tokens", "int16", "int16", GROUP, 2, 4, _madd, _S16, _S16),
+        IntrinSpec("portable", "outputs", "int8", "int16", 8, 2, 4, _madd, _S8, _S16),
+        IntrinSpec("avx2", "tokens", "int16", "int16", GROUP, 2, 8, _madd, _S16, _S16),
+        IntrinSpec("avx2", "outputs", "int8", "int16", 8, 2, 8, _madd, _S8, _S16),
+        IntrinSpec("avx512vnni", "tokens", "uint8", "int8", GROUP, 4, 16, _vpdpbusd, _U8, _S8),
+        IntrinSpec("avx512vnni", "tokens", "int8", "uint8", GROUP, 4, 16, _vpdpbusd, _S8, _U8),
+        IntrinSpec("avx512vnni", "outputs", "int8", "uint8", 16, 4, 16, _vpdpbusd, _S8, _U8),
+    )
+}
+
+
+def intrinsic(isa: str, form: Form, vector: str) -> IntrinSpec:
+    """The spec for a level, a form and the dtype of the vector operand, registered with TVM on first use."""
+    spec = next(s for s in INTRINSICS.values() if (s.isa, s.form, s.vector) == (isa, form, vector))
+    if TensorIntrin.get(spec.name, allow_missing=True) is None:
+        TensorIntrin.register(spec.name, _describe(spec), _implement(spec))
+    return spec
+
+
+def _describe(spec: IntrinSpec) -> Any:
+    """The semantics, in the shape in which kernels write their products: activations are the left factor."""
+    lanes, pack = spec.lanes, spec.pack
+
+    @T.prim_func(s_tir=True)
+    def tokens(
+        A: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
+        B: T.Buffer((pack,), spec.scalar, offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1),
+    ):
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:lanes, 0:pack], B[0:pack])
+            T.writes(C[0:lanes])
+            for i, k in T.grid(lanes, pack):
+                with T.sblock("dot"):
+                    vi, vk = T.axis.remap("SR", [i, k])
+                    C[vi] = C[vi] + T.cast(A[vi, vk], "int32") * T.cast(B[vk], "int32")
+
+    @T.prim_func(s_tir=True)
+    def outputs(
+        A: T.Buffer((pack,), spec.scalar, offset_factor=1),
+        B: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1),
+    ):
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:pack], B[0:lanes, 0:pack])
+            T.writes(C[0:lanes])
+            for i, k in T.grid(lanes, pack):
+                with T.sblock("dot"):
+                    vi, vk = T.axis.remap("SR", [i, k])
+                    C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
+
+    return tokens if spec.form == "tokens" else outputs
+
+
+def _implement(spec: IntrinSpec) -> Any:
+    lanes, pack, step = spec.lanes, spec.pack, spec.step
+    whole = "int32"  # pack * width is 32 bits at every level
+
+    def product(C: Any, vector: Any, scalar: Any, first: int) -> Any:
+        """C for `step` lanes from lane `first`."""
+        repeated = tirx.reinterpret(
+            f"{spec.scalar}x{pack * step}",
+            tirx.Broadcast(tirx.reinterpret(whole, scalar.vload([0], f"{spec.scalar}x{pack}")), step),
+        )
+        loaded = vector.vload([first, 0], f"{spec.vector}x{pack * step}")
+        return spec.emit(spec, C.vload([first], f"int32x{step}"), loaded, repeated)
+
+    @T.prim_func(s_tir=True)
+    def tokens(
+        A: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
+        B: T.Buffer((pack,), spec.scalar, offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1),
+    ):
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:lanes, 0:pack], B[0:pack])
+            T.writes(C[0:lanes])
+            for part in T.unroll(lanes // step):
+                C[T.ramp(part * step, 1, step)] = product(C, A, B, part * step)
+
+    @T.prim_func(s_tir=True)
+    def outputs(
+        A: T.Buffer((pack,), spec.scalar, offset_factor=1),
+        B: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1),
+    ):
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:pack], B[0:lanes, 0:pack])
+            T.writes(C[0:lanes])
+            for part in T.unroll(lanes // step):
+                C[T.ramp(part * step, 1, step)] = product(C, B, A, part * step)
+
+    return tokens if spec.form == "tokens" else outputs

@@ -1,0 +1,125 @@
+"""Schedules of the linear kernels: row and gather families, then their epilogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from tilewright.codegen.trim import SPARSE_AXIS
+from tilewright.codegen.workload import GROUP, Workload
+from tilewright.errors import ScheduleMismatch
+from tilewright.schedules.intrinsics import intrinsic
+from tilewright.schedules.isa import ISAS
+from tilewright.schedules.norm import schedule_norm
+
+
+@dataclass(frozen=True)
+class LinearDecisions:
+    """What a tuner may choose. rows: tokens of one register tile (row family; divides 16).
+
+    chunks: parts of the outputs that are worked through one after the other, so that a part's weights stay in the L2
+    cache while all token groups pass.
+    """
+
+    rows: int = 4
+    chunks: int = 4
+
+
+def default_decisions(workload: Workload) -> LinearDecisions:
+    """Hand-chosen: as many accumulators as fit beside two operands, chunks of about 128 KB of weights."""
+    isa = ISAS[workload.isa]
+    registers = 32 if isa.lanes == 16 else 16
+    if workload.family != "row":
+        rows = GROUP
+    else:
+        width = _row_block(workload) // _lanes(workload)
+        rows = next(rows for rows in (8, 4, 2, 1) if rows * max(width, 1) <= registers * 3 // 4 or rows == 1)
+    stored = workload.n * workload.k * workload.density // 100
+    blocks = workload.n // _row_block(workload)
+    wanted = max(1, stored // (128 << 10))
+    chunks = next(count for count in range(wanted, 0, -1) if blocks % count == 0)
+    return LinearDecisions(rows=rows, chunks=chunks)
+
+
+def schedule_linear(sch: Schedule, workload: Workload, decisions: LinearDecisions | None = None) -> None:
+    """Apply the family's rule in place; raises ScheduleMismatch if the workload does not fit the level's intrinsics."""
+    decisions = decisions or default_decisions(workload)
+    if workload.family == "row":
+        _schedule_row(sch, workload, decisions)
+    else:
+        _schedule_gather(sch, workload, decisions)
+    if workload.epilogue == "add_norm":
+        schedule_norm(sch, "columns" if workload.family == "gather" else "rows")
+
+
+def _row_block(workload: Workload) -> int:
+    from tilewright.codegen.kernels.linear import row_block
+
+    return row_block(workload)
+
+
+def _lanes(workload: Workload) -> int:
+    return intrinsic(workload.isa, "outputs", "int8").lanes
+
+
+def _outer(sch: Schedule, block: Any, groups: Any, blocks: Any, chunks: int) -> Any:
+    """Split the row-blocks into chunks and run (chunk, group) in parallel; returns the loop over a chunk's row-blocks."""
+    chunk, inner = sch.split(blocks, [chunks, None])
+    sch.reorder(chunk, groups, inner)
+    sch.parallel(sch.fuse(chunk, groups))
+    return inner
+
+
+def _schedule_gather(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
+    product = sch.get_sblock("product")
+    g, nb, ni, t, e, _ = sch.get_loops(product)
+    epilogue = sch.get_sblock("epilogue")
+    sch.reorder(g, nb, e, ni, t)
+    inner = _outer(sch, product, g, nb, decisions.chunks)
+    sch.reverse_compute_at(epilogue, inner)
+    sch.compute_at(sch.get_sblock("gather"), e)
+    sch.annotate(e, SPARSE_AXIS, "nb")
+    init = sch.decompose_reduction(product, e)
+    sch.tensorize(t, intrinsic(workload.isa, "tokens", workload.operands.activation).name)
+    sch.unroll(ni)
+    p, lanes = sch.get_loops(sch.get_sblock("gather"))[-2:]
+    sch.unroll(p)
+    sch.vectorize(lanes)
+    for block in (init, epilogue):
+        outputs, lanes = sch.get_loops(block)[-2:]
+        sch.unroll(outputs)
+        sch.vectorize(lanes)
+
+
+def _schedule_row(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
+    lanes = _lanes(workload)
+    width = _row_block(workload)
+    if width % lanes:
+        raise ScheduleMismatch(
+            f"row kernel of {workload.n}x{workload.k} on {workload.isa} got a row-block of {width} outputs; "
+            f"it needs a multiple of {lanes}"
+        )
+    product = sch.get_sblock("product")
+    epilogue = sch.get_sblock("epilogue")
+    g, t, nb, ni, e, kp, ki = sch.get_loops(product)
+    outer, rows = sch.split(t, [None, decisions.rows])
+    vectors, lane = sch.split(ni, [None, lanes])
+    sch.reorder(g, nb, outer, e, kp, rows, vectors, lane, ki)
+    _outer(sch, product, g, nb, decisions.chunks)
+    sch.reverse_compute_at(epilogue, outer)
+    sch.annotate(e, SPARSE_AXIS, "nb")
+    init = sch.decompose_reduction(product, e)
+    sch.tensorize(lane, intrinsic(workload.isa, "outputs", "int8").name)
+    for loop in (rows, vectors, kp):
+        sch.unroll(loop)
+    loops = sch.get_loops(init)
+    sch.vectorize(loops[-1])
+    for loop in loops[-3:-1]:
+        sch.unroll(loop)
+    rows, outputs = sch.get_loops(epilogue)[-2:]
+    vectors, lane = sch.split(outputs, [None, lanes])
+    sch.unroll(rows)
+    sch.unroll(vectors)
+    sch.vectorize(lane)
