@@ -1,0 +1,152 @@
+"""Writing a quantised `EncoderModel` as a Hugging Face directory in the compressed-tensors `int-quantized` format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear
+from tilewright.frontend.compressed import FORMAT, QUANT_METHOD
+from tilewright.frontend.families import FAMILIES
+from tilewright.errors import UnsupportedModel
+from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
+
+Tensors = dict[str, NDArray[Any]]
+
+
+def write_checkpoint(model: EncoderModel, path: Path) -> None:
+    """Write config.json, model.safetensors and tokenizer.json of a quantised `model` into the directory `path`.
+
+    Raises UnsupportedModel for a head or LayerNorm that the architecture's config.json cannot express.
+    """
+    family = FAMILIES[model.config.architecture]
+    _check_expressible(model, family)
+    (path / "config.json").write_text(json.dumps(_config(model, family), indent=2) + "\n", encoding="utf-8")
+    save_file(_tensors(model, family), path / "model.safetensors", metadata={"format": "pt"})
+    if model.tokenizer is not None:
+        (path / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
+
+
+def _check_expressible(model: EncoderModel, family: Family) -> None:
+    head = _head_names(model, family)
+    if (model.head.pre is None, model.head.pre_activation) != (head.pre is None, head.pre_activation):
+        raise UnsupportedModel(
+            f"{family.model_type} cannot store this {head.kind} head; quantise the Hugging Face checkpoint"
+        )
+    norms = [model.embeddings.norm, *(n for layer in model.layers for n in (layer.attention_norm, layer.output_norm))]
+    found = {float(np.float32(norm.eps)) for norm in norms}
+    if len(found) > 1 or not (family.settings.layer_norm_eps or found == {float(np.float32(1e-12))}):
+        raise UnsupportedModel(f"{family.model_type} cannot store LayerNorm eps {sorted(found)}; supported: 1e-12")
+
+
+def _head_names(model: EncoderModel, family: Family) -> HeadNames:
+    return next(head for head in family.heads.values() if head.kind == model.head.kind)
+
+
+def _config(model: EncoderModel, family: Family) -> dict[str, Any]:
+    config, keys = model.config, family.settings
+    settings: dict[str, Any] = {
+        "model_type": family.model_type,
+        "architectures": [next(name for name, head in family.heads.items() if head.kind == model.head.kind)],
+        keys.hidden_size: config.hidden_size,
+        keys.num_heads: config.num_heads,
+        keys.num_layers: len(model.layers),
+        keys.intermediate_size: config.intermediate_size,
+        keys.activation: next(name for name, kind in ACTIVATIONS.items() if kind == config.activation),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_positions,
+        "quantization_config": quantization_config(_head_modules(model, family)),
+    }
+    if keys.layer_norm_eps:
+        settings[keys.layer_norm_eps] = model.embeddings.norm.eps
+    if keys.token_types and model.embeddings.token_type is not None:
+        settings[keys.token_types] = len(model.embeddings.token_type)
+    if config.labels:
+        settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    return settings
+
+
+def quantization_config(ignore: list[str]) -> dict[str, Any]:
+    """Return the `quantization_config` of s8 weights per channel and static 8-bit activations per tensor."""
+    integer = {"num_bits": 8, "type": "int"}
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "ignore": ignore,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**integer, "symmetric": True, "strategy": "channel", "dynamic": False},
+                "input_activations": {**integer, "symmetric": False, "strategy": "tensor", "dynamic": False},
+            }
+        },
+        # the s8 scales of key and value; the query's scale lies beside them
+        "kv_cache_scheme": {**integer, "symmetric": True, "strategy": "tensor", "dynamic": False},
+    }
+
+
+def _head_modules(model: EncoderModel, family: Family) -> list[str]:
+    names = _head_names(model, family)
+    return [name for name in (names.pre, names.projection) if name]
+
+
+def _tensors(model: EncoderModel, family: Family) -> Tensors:
+    embeddings = model.embeddings
+    tensors: Tensors = {
+        f"{family.word}.weight": embeddings.word,
+        f"{family.position}.weight": embeddings.position,
+        **_norm(family.embeddings_norm, embeddings.norm),
+    }
+    if family.token_type and embeddings.token_type is not None:
+        tensors[f"{family.token_type}.weight"] = embeddings.token_type
+    for index, layer in enumerate(model.layers):
+        tensors |= _layer(family, family.layer.format(index), layer)
+    # a model with a head keeps its encoder under a prefix, the bare encoder does not
+    if model.head.kind != "none":
+        tensors = {family.prefix + name: tensor for name, tensor in tensors.items()}
+    for name, linear in zip(_head_modules(model, family), (model.head.pre, model.head.projection), strict=False):
+        if linear is not None:
+            tensors |= {f"{name}.weight": linear.weight, f"{name}.bias": linear.bias}
+    return tensors
+
+
+def _layer(family: Family, prefix: str, layer: Layer) -> Tensors:
+    attention = layer.attention
+    linears: Mapping[str, Linear] = {
+        family.query: attention.query,
+        family.key: attention.key,
+        family.value: attention.value,
+        family.output: attention.output,
+        family.up: layer.up,
+        family.down: layer.down,
+    }
+    tensors: Tensors = {}
+    for name, linear in linears.items():
+        tensors |= _linear(prefix + name, linear)
+    for operand, scale in zip("qkv", (attention.query_scale, attention.key_scale, attention.value_scale), strict=True):
+        tensors[f"{prefix}{family.attention}.{operand}_scale"] = np.array([scale], np.float32)
+    tensors |= _norm(prefix + family.attention_norm, layer.attention_norm)
+    return tensors | _norm(prefix + family.output_norm, layer.output_norm)
+
+
+def _linear(name: str, linear: Linear) -> Tensors:
+    assert linear.scale is not None and linear.input is not None
+    return {
+        f"{name}.weight": linear.weight,
+        f"{name}.bias": linear.bias,
+        f"{name}.weight_scale": linear.scale[:, None],
+        f"{name}.input_scale": np.array([linear.input.scale], np.float32),
+        f"{name}.input_zero_point": np.array([linear.input.zero_point - 128], np.int8),
+    }
+
+
+def _norm(name: str, norm: LayerNorm) -> Tensors:
+    return {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}

@@ -1,0 +1,172 @@
+"""Static post-training quantisation: a float encoder and calibration texts to an int-quantized checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.codegen.block_sparse import detect_block
+from tilewright.codegen.model import EncoderModel, Layer, Linear, Quantization
+from tilewright.errors import InvalidInput
+from tilewright.frontend import load
+from tilewright.pipeline.calibration import Method, Progress, Range, asymmetric, calibrate, symmetric
+from tilewright.pipeline.checkpoint import write_checkpoint
+
+METHODS: tuple[Method, ...] = ("minmax", "percentile")
+
+
+def quantize(
+    model: str | PathLike[str] | EncoderModel,
+    texts: Sequence[str],
+    output: str | PathLike[str],
+    method: Method = "minmax",
+    percentile: float = 99.999,
+    max_length: int = 128,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Quantise a float `model` on `texts` into the new directory `output`, which `tilewright.frontend.load` reads.
+
+    Weights become s8 per output channel, inputs of Linears u8 and query, key and value s8, per tensor, with ranges seen
+    on `texts` cut to `max_length` tokens. `output` appears only when complete, with provenance.json on how it was made.
+
+    The percentile's default keeps most of the few outlier channels of BERT's LayerNorms: cutting more (99.99) costs MiniLM
+    0.07 of its embeddings' cosine to float.
+
+    Raises InvalidInput for options, texts or an output that cannot be used, and what `load` raises.
+    """
+    texts = [text for text in texts if text.strip()]
+    _check_options(texts, method, percentile, max_length)
+    target = Path(output)
+    if target.exists():
+        raise InvalidInput(f"output {target} exists; remove it or choose another")
+    source = model if isinstance(model, EncoderModel) else load(model)
+    if any(linear.quantized for linear in source.linears()):
+        raise InvalidInput("the model is quantised already; give the float checkpoint it was made from")
+    with _scratch(target) as scratch:
+        ranges = calibrate(source, texts, method, percentile, max_length, progress)
+        result = apply_ranges(source, ranges)
+        write_checkpoint(result, scratch)
+        settings = {"method": method, "percentile": percentile, "max_length": max_length, "texts": len(texts)}
+        if method == "minmax":
+            del settings["percentile"]
+        _write_provenance(model, source, texts, settings, scratch)
+    return target
+
+
+def apply_ranges(model: EncoderModel, ranges: Mapping[str, Range]) -> EncoderModel:
+    """Quantise the encoder of a float `model` with activation `ranges` as `calibrate` returns them."""
+    layers = tuple(_layer(layer, index, ranges) for index, layer in enumerate(model.layers))
+    return replace(model, layers=layers)
+
+
+def quantize_linear(linear: Linear, activation: Quantization) -> Linear:
+    """Quantise the weight of `linear` to s8 per output channel, symmetric, rounding to nearest even."""
+    largest = np.abs(linear.weight).max(axis=1)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    weight = np.clip(np.rint(linear.weight / scale[:, None]), -127, 127).astype(np.int8)
+    return replace(linear, weight=weight, scale=scale, input=activation, block=detect_block(weight))
+
+
+def _layer(layer: Layer, index: int, ranges: Mapping[str, Range]) -> Layer:
+    attention = layer.attention
+    shared, context, up, down = (
+        asymmetric(ranges[f"{index}.{name}.input"]) for name in ("attention", "output", "up", "down")
+    )
+    return replace(
+        layer,
+        attention=replace(
+            attention,
+            query=quantize_linear(attention.query, shared),
+            key=quantize_linear(attention.key, shared),
+            value=quantize_linear(attention.value, shared),
+            output=quantize_linear(attention.output, context),
+            query_scale=symmetric(ranges[f"{index}.query"]),
+            key_scale=symmetric(ranges[f"{index}.key"]),
+            value_scale=symmetric(ranges[f"{index}.value"]),
+        ),
+        up=quantize_linear(layer.up, up),
+        down=quantize_linear(layer.down, down),
+    )
+
+
+def _check_options(texts: Sequence[str], method: str, percentile: float, max_length: int) -> None:
+    if not texts:
+        raise InvalidInput("no calibration text given; a few hundred sentences like those of the application work well")
+    if method not in METHODS:
+        raise InvalidInput(f"calibration method {method} is unknown; choose one of {', '.join(METHODS)}")
+    if not 50 < percentile <= 100:
+        raise InvalidInput(f"percentile is {percentile}; choose one above 50, up to 100, such as 99.999")
+    if max_length < 1:
+        raise InvalidInput(f"max_length is {max_length}; it is a number of tokens, at least 1")
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """Directory beside `target` that is renamed to it on success and removed on any failure."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        path.chmod(0o755)  # mkdtemp's directories are private
+    except OSError as error:
+        raise InvalidInput(f"output {target} cannot be written: {error.strerror}; choose another place") from None
+    try:
+        yield path
+        path.rename(target)
+    except OSError as error:
+        raise InvalidInput(f"output {target} cannot be written: {error.strerror}; choose another place") from None
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_provenance(
+    model: str | PathLike[str] | EncoderModel,
+    source: EncoderModel,
+    texts: Sequence[str],
+    settings: Mapping[str, Any],
+    path: Path,
+) -> None:
+    given = {"model": fingerprint(source)} if isinstance(model, EncoderModel) else _file_hashes(Path(model))
+    step = {
+        "step": "quantize",
+        "settings": {**settings, "texts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest()},
+        "input_sha256": given,
+        "output_sha256": _file_hashes(path),
+        "versions": {name: version(name) for name in ("tilewright", "torch", "tokenizers", "numpy")},
+    }
+    (path / "provenance.json").write_text(json.dumps({"steps": [step]}, indent=2) + "\n", encoding="utf-8")
+
+
+def fingerprint(model: EncoderModel) -> str:
+    """sha256 over the encoder's weights, for a model that is in memory only."""
+    digest = hashlib.sha256()
+    for linear in model.linears():
+        digest.update(np.ascontiguousarray(linear.weight).tobytes())
+    return digest.hexdigest()
+
+
+def _file_hashes(path: Path) -> dict[str, str]:
+    """sha256 of the file at `path`, or of the model's files in the directory, by name."""
+    hashes = {}
+    for file in _model_files(path):
+        with open(file, "rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def _model_files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors", "*.onnx"):
+        yield from sorted(path.glob(pattern))
