@@ -17,11 +17,15 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The first arguments of a linear kernel after x: weight, and index and indptr of a sparse one."""
+    """The first arguments of a linear kernel after x: weight, and index and indptr of a sparse one.
+
+    stored: weights inside kept blocks (padding not counted).
+    """
 
     weight: Array
-    index: NDArray[np.uint16] | None = None
-    indptr: NDArray[np.int32] | None = None
+    index: Array | None
+    indptr: Array | None
+    stored: int
 
     def arguments(self) -> dict[str, Array]:
         """Name to array, in the kernel's order."""
@@ -36,7 +40,7 @@ def pack_linear(workload: Workload, weight: NDArray[np.int8]) -> PackedLinear:
     if workload.block is None:
         width = row_block(workload)
         packed = weight.reshape(n // width, width, k // pack, pack).transpose(0, 2, 1, 3)
-        return PackedLinear(np.ascontiguousarray(packed[:, :, None]))
+        return PackedLinear(np.ascontiguousarray(packed[:, :, None]), None, None, weight.size)
     matrix = BlockSparseMatrix.from_dense(weight, workload.block)
     if k // workload.block[1] > np.iinfo(np.uint16).max:
         raise UnsupportedModel(f"linear {n}x{k} has more block columns than a 16-bit index holds (65535)")
@@ -48,9 +52,8 @@ def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     pack = workload.operands.pack
     bn, bk = matrix.block
     weight = matrix.data.reshape(-1, bn, bk // pack, pack).transpose(0, 2, 1, 3)
-    return PackedLinear(
-        np.ascontiguousarray(weight), matrix.indices.astype(np.uint16), matrix.indptr.astype(np.int32)
-    )
+    index, indptr = matrix.indices.astype(np.uint16), matrix.indptr.astype(np.int32)
+    return PackedLinear(*_never_empty(weight, index), indptr, matrix.data.size)
 
 
 def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
@@ -67,4 +70,9 @@ def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     weight[target] = matrix.data[:, :, 0]
     index[target] = matrix.indices
     weight = weight.reshape(-1, pack, bn).transpose(0, 2, 1)
-    return PackedLinear(np.ascontiguousarray(weight), index.reshape(-1, pack), indptr.astype(np.int32))
+    return PackedLinear(*_never_empty(weight, index.reshape(-1, pack)), indptr.astype(np.int32), matrix.data.size)
+
+
+def _never_empty(*arrays: Array) -> tuple[Array, ...]:
+    """One entry that no kernel reads where a matrix has none: an empty array has no address to pass."""
+    return tuple(np.ascontiguousarray(a if len(a) else np.zeros((1, *a.shape[1:]), a.dtype)) for a in arrays)

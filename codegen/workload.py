@@ -53,9 +53,11 @@ INT8_QUADS = Operands(4, "uint8", "int8", "int8", "uint8", 128)
 class Workload:
     """What a kernel computes, free of the weights' values and of the number of tokens.
 
-    op: linear, attention, embedding or head. n, k: outputs and inputs (heads and head_dim for attention).
-    block: sparse block (outputs, inputs), None if dense. epilogue: what follows the product. density: percent of
-    non-zero blocks rounded up to a multiple of 5. tokens: bucket a record was tuned for, 0 if it serves any.
+    op: linear, attention, embedding, token_head, sequence_head or mean_pool. n, k: outputs and inputs (heads and head_dim
+    for attention, words and channels for embedding).
+    block: sparse block (outputs, inputs), None if dense. epilogue: what follows the product, with the layouts it writes.
+    residual: layout of the float32 stream, where the kernel has a LayerNorm. density: percent of non-zero blocks rounded
+    up to a multiple of 5. tokens: bucket a record was tuned for, 0 if it serves any.
     """
 
     op: str
@@ -66,6 +68,7 @@ class Workload:
     epilogue: str = ""
     family: Family | None = None
     block: tuple[int, int] | None = None
+    residual: Layout | None = None
     density: int = 100
     tokens: int = 0
     threads: int = 0

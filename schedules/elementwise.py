@@ -6,22 +6,22 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.workload import Layout
+from tilewright.codegen.workload import Workload
 from tilewright.schedules.norm import schedule_norm, vector_lanes
 
 TOKENS = 4
 """Tokens whose float32 accumulators are live together in a head's projection."""
 
 
-def schedule_embedding(sch: Schedule, layout: Layout) -> None:
+def schedule_embedding(sch: Schedule, workload: Workload) -> None:
     """One parallel loop over groups for the lookup, vectorised along channels, and one for the LayerNorm."""
     group, _, channel = sch.get_loops(sch.get_sblock("embed"))
     sch.parallel(group)
     sch.vectorize(sch.split(channel, [None, vector_lanes(sch, channel)])[1])
-    schedule_norm(sch, layout)
+    schedule_norm(sch, workload.residual or "rows")
 
 
-def schedule_token_head(sch: Schedule) -> None:
+def schedule_token_head(sch: Schedule, _: Workload) -> None:
     """Register tiles of 4 tokens x 16 outputs, parallel over groups."""
     project = sch.get_sblock("project")
     g, t, no, ni, k = sch.get_loops(project)
@@ -31,13 +31,17 @@ def schedule_token_head(sch: Schedule) -> None:
     _vectorize_sum(sch, project, k, [inner], ni)
 
 
-def schedule_sequence_head(sch: Schedule, has_pre: bool) -> None:
+def schedule_sequence_head(sch: Schedule, workload: Workload) -> None:
     """One sequence at a time, vectorised over outputs."""
-    for name in ("pre", "project") if has_pre else ("project",):
+    for name in ("pre", "project") if workload.epilogue else ("project",):
         block = sch.get_sblock(name)
         _, _, ni, k = sch.get_loops(block)
         sch.reorder(k, ni)
         _vectorize_sum(sch, block, k, [], ni)
+
+
+def schedule_mean_pool(sch: Schedule, _: Workload) -> None:
+    """Nothing to choose: its loops over channels are vectorised by LLVM."""
 
 
 def _vectorize_sum(sch: Schedule, block: Any, k: Any, tile: list[Any], lanes: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from tilewright.codegen.kernels.linear import row_block
 from tilewright.codegen.trim import SPARSE_AXIS
 from tilewright.codegen.workload import GROUP, Workload
 from tilewright.errors import ScheduleMismatch
@@ -34,10 +35,10 @@ def default_decisions(workload: Workload) -> LinearDecisions:
     if workload.family != "row":
         rows = GROUP
     else:
-        width = _row_block(workload) // _lanes(workload)
+        width = row_block(workload) // _lanes(workload)
         rows = next(rows for rows in (8, 4, 2, 1) if rows * max(width, 1) <= registers * 3 // 4 or rows == 1)
     stored = workload.n * workload.k * workload.density // 100
-    blocks = workload.n // _row_block(workload)
+    blocks = workload.n // row_block(workload)
     wanted = max(1, stored // (128 << 10))
     chunks = next(count for count in range(wanted, 0, -1) if blocks % count == 0)
     return LinearDecisions(rows=rows, chunks=chunks)
@@ -50,14 +51,8 @@ def schedule_linear(sch: Schedule, workload: Workload, decisions: LinearDecision
         _schedule_row(sch, workload, decisions)
     else:
         _schedule_gather(sch, workload, decisions)
-    if workload.epilogue == "add_norm":
-        schedule_norm(sch, "columns" if workload.family == "gather" else "rows")
-
-
-def _row_block(workload: Workload) -> int:
-    from tilewright.codegen.kernels.linear import row_block
-
-    return row_block(workload)
+    if workload.residual is not None:
+        schedule_norm(sch, workload.residual)
 
 
 def _lanes(workload: Workload) -> int:
@@ -95,7 +90,7 @@ def _schedule_gather(sch: Schedule, workload: Workload, decisions: LinearDecisio
 
 def _schedule_row(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
     lanes = _lanes(workload)
-    width = _row_block(workload)
+    width = row_block(workload)
     if width % lanes:
         raise ScheduleMismatch(
             f"row kernel of {workload.n}x{workload.k} on {workload.isa} got a row-block of {width} outputs; "

@@ -13,10 +13,14 @@ from tilewright.codegen.workload import Layout, Operands
 
 @dataclass(frozen=True)
 class Norm:
-    """Where a LayerNorm reads and writes: `residual` is the layout of the float32 stream, `consumer` of the u8 copy (or None)."""
+    """Layouts of a LayerNorm: `residual` of its float32 input, `stream` of its float32 output, `consumer` of the u8 copy.
+
+    There is no u8 copy if `consumer` is None.
+    """
 
     eps: float
     residual: Layout
+    stream: Layout
     consumer: Layout | None
 
 
@@ -27,7 +31,7 @@ def norm_args(hidden: int) -> tuple[Any, Any, Any]:
 
 def norm_outputs(groups: Expr, hidden: int, norm: Norm, operands: Operands) -> tuple[Any, Any]:
     """Declare the outputs: the float32 stream and, if there is a consumer, the u8 copy."""
-    stream = arg("stream", at(norm.residual, groups, GROUP, hidden), "float32")
+    stream = arg("stream", at(norm.stream, groups, GROUP, hidden), "float32")
     if norm.consumer is None:
         return stream, None
     return stream, arg("quantized", at(norm.consumer, groups, GROUP, hidden), operands.activation)
@@ -60,7 +64,7 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Opera
         store(inverse, T.float32(1.0) / T.sqrt(spread[g, t] * T.float32(1.0 / hidden) + T.float32(norm.eps)), [g, t])
     with stage("norm", {**tokens, "c": hidden}) as (g, t, c):
         real = centered(g, t, c) * inverse[g, t] * gamma[c] + beta[c]
-        store(stream, real, at(norm.residual, g, t, c))
+        store(stream, real, at(norm.stream, g, t, c))
         if norm.consumer is not None:
             small = quantize(real * quant[0], 0, 255, operands.activation, quant[1])
             store(quantized, small, at(norm.consumer, g, t, c))

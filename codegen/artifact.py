@@ -1,0 +1,94 @@
+"""Writes an artifact: the directory `NAME.tw/` that `tilewright.load` runs, complete or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from tilewright.errors import InvalidInput
+from tilewright.manifest import LIBRARY, MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from tilewright.weights import write_weights
+
+
+def write_artifact(
+    path: str | Path,
+    *,
+    library: Path,
+    weights: Mapping[str, NDArray[Any]],
+    manifest: Manifest,
+    tokenizer: str | None = None,
+    overwrite: bool = True,
+) -> Manifest:
+    """Write the shared object `library`, the packed `weights` in parameter order, the manifest and tokenizer.json.
+
+    Fills in the manifest's `parameters` and `files` and returns it. The directory appears at `path` whole, replacing an
+    artifact there if `overwrite`; on any failure or interrupt nothing is left behind and what was there stays.
+    Raises InvalidInput for an output that cannot be written or must not be replaced.
+    """
+    with _replacing(check_output(path, overwrite=overwrite)) as directory:
+        shutil.copyfile(library, directory / LIBRARY)
+        write_weights(directory / WEIGHTS, weights)
+        if tokenizer is not None:
+            (directory / TOKENIZER).write_text(tokenizer, "utf-8")
+        files = {file.name: _sha256(file) for file in sorted(directory.iterdir())}
+        complete = dataclasses.replace(manifest, parameters=tuple(weights), files=files)
+        text = complete.to_json()
+        Manifest.from_json(text)  # an artifact that cannot be read back is a bug to find now
+        (directory / MANIFEST).write_text(text, "utf-8")
+    return complete
+
+
+def check_output(path: str | Path, *, overwrite: bool = True) -> Path:
+    """Return `path` if an artifact can be written there, so that a compile can refuse early; raises InvalidInput."""
+    target = Path(os.path.abspath(path))
+    if not target.parent.is_dir():
+        raise InvalidInput(
+            f"cannot write {path}: {target.parent} is not a directory; create it or choose another output"
+        )
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InvalidInput(f"cannot write {path}: {target.parent} is not writable; choose another output")
+    if os.path.lexists(target):
+        if not (target / MANIFEST).is_file() or target.is_symlink():
+            raise InvalidInput(f"cannot write {path}: it exists and is not an artifact; choose another output")
+        if not overwrite:
+            raise InvalidInput(f"cannot write {path}: it exists; allow overwriting or choose another output")
+    return target
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A fresh directory beside `target` that takes its place if the block succeeds and is removed if not."""
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InvalidInput(f"cannot write {target}: {error.strerror}; choose another output") from None
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()  # with the user's umask, unlike mkdtemp
+        yield new
+        try:
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+    except OSError as error:
+        raise InvalidInput(f"cannot write {target}: {error.strerror or error}; choose another output") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,50 @@
+"""The module pass that schedules every kernel of a lowered module by the rule of its op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tvm
+from tvm.s_tir import Schedule
+
+from tilewright.codegen.trim import trim_sparse_axis
+from tilewright.codegen.workload import ATTRIBUTE, Workload
+from tilewright.schedules.attention import schedule_attention
+from tilewright.schedules.elementwise import (
+    schedule_embedding,
+    schedule_mean_pool,
+    schedule_sequence_head,
+    schedule_token_head,
+)
+from tilewright.schedules.linear import schedule_linear
+
+RULES: dict[str, Callable[[Schedule, Workload], None]] = {
+    "linear": schedule_linear,
+    "attention": schedule_attention,
+    "embedding": schedule_embedding,
+    "token_head": schedule_token_head,
+    "sequence_head": schedule_sequence_head,
+    "mean_pool": schedule_mean_pool,
+}
+"""Op of a workload to the rule that schedules it."""
+
+
+@tvm.transform.module_pass(opt_level=0, name="tilewright.schedule")
+class ApplySchedules:
+    """Schedule every PrimFunc that carries a workload; others are left as they are."""
+
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        """The scheduled module."""
+        scheduled = tvm.IRModule(mod.functions, attrs=mod.attrs)
+        for symbol, func in mod.functions.items():
+            if ATTRIBUTE in (func.attrs or {}):
+                scheduled[symbol] = schedule(func)
+        return scheduled
+
+
+def schedule(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+    """The scheduled form of one kernel that carries a workload."""
+    workload = Workload.from_json(str(func.attrs[ATTRIBUTE]))
+    sch = Schedule(tvm.IRModule({"main": func}))
+    RULES[workload.op](sch, workload)
+    return trim_sparse_axis(sch.mod["main"])
