@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear
+from tilewright.errors import UnsupportedModel
 from tilewright.frontend.compressed import FORMAT, QUANT_METHOD
 from tilewright.frontend.families import FAMILIES
-from tilewright.errors import UnsupportedModel
 from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
 
 Tensors = dict[str, NDArray[Any]]

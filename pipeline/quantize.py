@@ -40,8 +40,8 @@ def quantize(
     Weights become s8 per output channel, inputs of Linears u8 and query, key and value s8, per tensor, with ranges seen
     on `texts` cut to `max_length` tokens. `output` appears only when complete, with provenance.json on how it was made.
 
-    The percentile's default keeps most of the few outlier channels of BERT's LayerNorms: cutting more (99.99) costs MiniLM
-    0.07 of its embeddings' cosine to float.
+    The default percentile spares the few outlier channels of BERT's LayerNorms: 99.99 costs MiniLM 0.07 of its
+    embeddings' cosine to float.
 
     Raises InvalidInput for options, texts or an output that cannot be used, and what `load` raises.
     """
