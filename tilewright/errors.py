@@ -1,4 +1,7 @@
-"""The exceptions Tilewright raises for input it cannot accept. Each message is one line: asked, found, what would work."""
+"""The exceptions Tilewright raises for input it cannot accept.
+
+Each message is one line: what was asked, what was found, what would work.
+"""
 
 
 class TilewrightError(Exception):

@@ -1,0 +1,241 @@
+"""Loads an artifact and runs it with TVM's runtime and NumPy only: no compiler, torch or transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tilewright.cpu import available_cores, check_cpu, cpu_features
+from tilewright.errors import InvalidArtifact, InvalidInput
+from tilewright.manifest import GROUP, LIBRARY, MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, summarize, time_calls
+from tilewright.packing import Float32, Int32, Packed, pack
+from tilewright.runtime import Executable, acquire_threads, release_threads
+from tilewright.weights import map_weights
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, dtype and shape of an input or output of an engine."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+    optional: bool = False
+
+
+def load(path: str | Path, num_threads: int | None = None) -> Engine:
+    """Check the artifact at `path` and load it to run on `num_threads` threads (default: the cores available).
+
+    Raises InvalidArtifact (missing, truncated or altered files, another schema), ArtifactTargetMismatch (CPU features
+    this machine lacks) and InvalidInput (num_threads below 1). No code of the artifact runs before it is checked.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise InvalidInput(f"num_threads is {num_threads}; expected 1 or more")
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    _check_files(directory, manifest)
+    check_cpu(manifest.isa, cpu_features())
+    weights = map_weights(directory / WEIGHTS)
+    missing = [name for name in manifest.parameters if name not in weights]
+    if missing:
+        raise InvalidArtifact(f"{directory / WEIGHTS} lacks the parameter {missing[0]}; compile the model again")
+    executable = Executable((directory / LIBRARY).resolve(), [weights[name] for name in manifest.parameters])
+    tokenizer = (directory / TOKENIZER).read_text("utf-8") if TOKENIZER in manifest.files else None
+    return Engine(manifest, executable, tokenizer, num_threads or available_cores())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read an artifact's manifest alone; raises InvalidArtifact."""
+    try:
+        return Manifest.from_json((directory / MANIFEST).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise InvalidArtifact(
+            f"{directory} is not an artifact ({MANIFEST}: {reason}); expected what `tilewright compile` writes"
+        ) from None
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    for name, expected in manifest.files.items():
+        try:
+            with (directory / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InvalidArtifact(
+                f"{directory / name} cannot be read ({error.strerror}); copy the artifact again"
+            ) from None
+        if found != expected:
+            raise InvalidArtifact(
+                f"{directory / name} was altered: its sha256 is {found[:12]}..., the manifest says {expected[:12]}...; "
+                "copy or compile it again"
+            )
+
+
+class Engine:
+    """A loaded artifact. Calls from several threads are safe and run one after the other."""
+
+    def __init__(self, manifest: Manifest, executable: Executable, tokenizer: str | None, num_threads: int) -> None:
+        """Use `load`."""
+        self.manifest = manifest
+        self.num_threads = num_threads
+        self._executable = executable
+        self._tokenizer_text = tokenizer
+        self._takes_types = "token_type_ids" in manifest.inputs
+        self._workspace = _aligned_rows(4, manifest.limits.max_tokens + GROUP)
+        self._threads = acquire_threads(num_threads)
+        weakref.finalize(self, release_threads, self._threads)
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """What a call takes."""
+        return tuple(
+            TensorInfo(name, "int64", ("batch", "seq"), optional=name != "input_ids") for name in self.manifest.inputs
+        )
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """What a call returns."""
+        axes: dict[str, tuple[str, ...]] = {"token": ("batch", "seq"), "sequence": ("batch",)}
+        return tuple(
+            TensorInfo(o.name, "float32", axes[o.per] if o.squeeze else (*axes[o.per], o.width))
+            for o in self.manifest.outputs
+        )
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+    ) -> dict[str, Float32]:
+        """Run integer arrays [batch, seq] and return the manifest's outputs by name, f32, zero at padding.
+
+        A sequence's results do not depend on the rest of the batch or on where its padding is. Raises InvalidInput.
+        """
+        packed = self._pack(input_ids, attention_mask, token_type_ids)
+        return self._unpack(packed, self._threads.run(lambda: self._run(packed)))
+
+    def profile(self, inputs: Mapping[str, ArrayLike], iterations: int = 10) -> tuple[KernelTime, ...]:
+        """Mean time of each kernel over `iterations` calls with `inputs`, the largest first."""
+        packed = self._pack(**inputs)
+        clock = KernelClock()
+
+        def job() -> float:
+            plain = time_calls(lambda: self._run(packed), duration=0, iterations=iterations, warmup=1)
+            with self._executable.timed(clock.record):
+                for _ in range(iterations):
+                    self._run(packed)
+            return sum(plain) / iterations
+
+        return clock.summary(iterations, self._threads.run(job))
+
+    def benchmark(
+        self,
+        batch: int = 1,
+        seq_len: int = 128,
+        *,
+        duration: float = 2.0,
+        iterations: int | None = None,
+        warmup: int = 3,
+    ) -> BenchmarkResult:
+        """Time calls on random ids [batch, seq_len]: `iterations` of them, or for `duration` seconds."""
+        ids = np.random.default_rng(0).integers(0, self.manifest.limits.vocab_size, (batch, seq_len))
+        samples = time_calls(lambda: self(ids), duration=duration, iterations=iterations, warmup=warmup)
+        return summarize(samples, batch, seq_len, self.num_threads)
+
+    def tokenize(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], *, truncate: bool = False
+    ) -> dict[str, NDArray[np.int64]]:
+        """Inputs of a call for `texts` (or pairs of texts), padded on the right; `truncate` cuts what is too long."""
+        tokenizer = self._tokenizer
+        if truncate:
+            tokenizer.enable_truncation(self.manifest.limits.max_positions)
+        else:
+            tokenizer.no_truncation()
+        encodings = tokenizer.encode_batch(list(texts))
+        shape = len(encodings), max((len(encoding.ids) for encoding in encodings), default=0)
+        arrays: dict[str, NDArray[np.int64]] = {name: np.zeros(shape, np.int64) for name in self.manifest.inputs}
+        for row, encoding in enumerate(encodings):
+            fields: dict[str, Any] = {
+                "input_ids": encoding.ids,
+                "attention_mask": 1,
+                "token_type_ids": encoding.type_ids,
+            }
+            for name, array in arrays.items():
+                array[row, : len(encoding.ids)] = fields[name]
+        return arrays
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        if self._tokenizer_text is None:
+            raise InvalidInput("the artifact holds no tokenizer; pass input_ids instead of text")
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self._tokenizer_text)
+        tokenizer.no_padding()  # the file may ask for padding to a fixed length
+        return tokenizer
+
+    def _pack(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+    ) -> Packed:
+        if token_type_ids is not None and not self._takes_types:
+            raise InvalidInput(f"token_type_ids was passed; the model takes {', '.join(self.manifest.inputs)}")
+        return pack(self.manifest.limits, input_ids, attention_mask, token_type_ids)
+
+    def _run(self, packed: Packed) -> list[list[Float32]]:
+        """Outputs of each chunk. Only one thread at a time may be here: the workspace is shared."""
+        max_tokens = self.manifest.limits.max_tokens
+        return [self._run_chunk(packed, first, last) for first, last in packed.chunks(max_tokens)]
+
+    def _run_chunk(self, packed: Packed, first: int, last: int) -> list[Float32]:
+        begin, end = packed.offsets[first], packed.offsets[last]
+        groups = -(-(end - begin) // GROUP)
+        ids, positions, types, offsets = self._workspace
+
+        def fill(row: Int32, values: Int32 | None) -> Int32:
+            size = 0 if values is None else end - begin
+            if values is not None:
+                row[:size] = values[begin:end]
+            row[size : groups * GROUP] = 0
+            return row[: groups * GROUP].reshape(groups, GROUP)
+
+        arguments = [fill(ids, packed.input_ids), fill(positions, packed.position_ids)]
+        if self._takes_types:
+            arguments.append(fill(types, packed.token_type_ids))
+        offsets = offsets[: last - first + 1]
+        np.subtract(packed.offsets[first : last + 1], begin, out=offsets)
+        results = self._executable(*arguments, offsets)
+        return [
+            result.reshape(groups * GROUP, -1)[: end - begin] if output.per == "token" else result
+            for output, result in zip(self.manifest.outputs, results, strict=True)
+        ]
+
+    def _unpack(self, packed: Packed, chunks: list[list[Float32]]) -> dict[str, Float32]:
+        outputs: dict[str, Float32] = {}
+        for index, output in enumerate(self.manifest.outputs):
+            parts = [chunk[index] for chunk in chunks]
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            array = packed.scatter(array) if output.per == "token" else array
+            outputs[output.name] = array[..., 0] if output.squeeze else array
+        return outputs
+
+
+def _aligned_rows(rows: int, columns: int) -> Int32:
+    """i32[rows, columns], each row starting at a multiple of 64 bytes (columns is a multiple of 16)."""
+    memory = np.empty(rows * columns + GROUP, np.int32)
+    skip = -memory.ctypes.data % 64 // memory.itemsize
+    return memory[skip : skip + rows * columns].reshape(rows, columns)

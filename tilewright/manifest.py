@@ -1,0 +1,174 @@
+"""`manifest.json` of an artifact: what the directory holds and what running it needs.
+
+The dataclasses are the schema. Reading is strict: a missing, unknown or mistyped field is an `InvalidArtifact`
+that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from tilewright.errors import InvalidArtifact
+
+SCHEMA_VERSION = 1
+GROUP = 16  # tokens per group of the compiled module's token axis
+
+MANIFEST = "manifest.json"
+LIBRARY = "model.so"
+WEIGHTS = "weights.safetensors"
+TOKENIZER = "tokenizer.json"
+
+InputName = Literal["input_ids", "attention_mask", "token_type_ids"]
+
+
+@dataclass(frozen=True)
+class RequiredIsa:
+    """The ISA level compiled for and the CPU features it needs, by LLVM's names (avx2, fma, avx512vnni, amx-int8)."""
+
+    name: str
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output: f32[batch, seq, width] `per` token, f32[batch, width] per sequence; `squeeze` drops a width of 1."""
+
+    name: str
+    per: Literal["token", "sequence"]
+    width: int
+    squeeze: bool = False
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one Linear [N, K] = [out, in] was compiled, and the tuning record its schedule came from, if any."""
+
+    name: str
+    shape: tuple[int, int]
+    block: tuple[int, int] | None
+    density: float
+    kernel: str
+    schedule: str
+    record: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on a call. `max_tokens` bounds one run of the module (a multiple of 16); larger batches are split."""
+
+    vocab_size: int
+    max_positions: int
+    max_tokens: int
+    token_types: int = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest. `parameters` orders the module's weights; `files` holds the sha256 of every other file."""
+
+    isa: RequiredIsa
+    inputs: tuple[InputName, ...]
+    outputs: tuple[Output, ...]
+    limits: Limits
+    parameters: tuple[str, ...] = ()
+    layers: tuple[LayerRecord, ...] = ()
+    architecture: str = ""
+    labels: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Parse and check manifest.json; raises InvalidArtifact."""
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise InvalidArtifact(f"{MANIFEST} is not valid JSON ({error}); it is truncated or foreign") from None
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if version != SCHEMA_VERSION:
+            raise InvalidArtifact(
+                f"{MANIFEST} has schema version {version!r}, expected {SCHEMA_VERSION}; compile the model again"
+            )
+        manifest = _decode(Manifest, value, "")
+        if problem := _inconsistency(manifest):
+            raise InvalidArtifact(f"{MANIFEST}: {problem}; compile the model again")
+        return manifest
+
+
+def _inconsistency(manifest: Manifest) -> str | None:
+    """Why the fields, each well typed, cannot go together."""
+    limits, files = manifest.limits, manifest.files
+    if "input_ids" not in manifest.inputs:
+        return "`inputs` must list input_ids"
+    if not 0 < len({output.name for output in manifest.outputs}) == len(manifest.outputs):
+        return "`outputs` must be distinct and not empty"
+    if any(output.width < 1 or (output.squeeze and output.width > 1) for output in manifest.outputs):
+        return "an output's `width` must be positive, and 1 to `squeeze`"
+    if min(dataclasses.astuple(limits)) < 1:
+        return "`limits` must be positive"
+    if limits.max_tokens % GROUP or limits.max_tokens < limits.max_positions:
+        return f"`max_tokens` must be a multiple of {GROUP} that holds a sequence of `max_positions`"
+    if not {LIBRARY, WEIGHTS} <= files.keys() or any(Path(name).name != name for name in files):
+        return f"`files` must be plain names and list {LIBRARY} and {WEIGHTS}"
+    return None
+
+
+T = TypeVar("T")
+_hints = cache(get_type_hints)
+
+
+def _decode(cls: type[T], value: Any, path: str) -> T:
+    """Build the dataclass `cls` from parsed JSON; every field is checked against its annotation."""
+    if not isinstance(value, dict):
+        raise _mismatch(path, "an object", value)
+    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in value.keys() - fields.keys():
+        raise InvalidArtifact(f"{MANIFEST}: unknown field {path + name!r}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise InvalidArtifact(f"{MANIFEST}: field {path + name!r} is missing")
+    return cls(**{name: _convert(hints[name], item, path + name) for name, item in value.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is UnionType:
+        return None if value is None else _convert(args[0], value, path)
+    if origin is Literal:
+        if value not in args:
+            raise _mismatch(path, "one of " + ", ".join(args), value)
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not ... and len(value) != len(args)):
+            raise _mismatch(path, "a list" if args[-1] is ... else f"a list of {len(args)}", value)
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _mismatch(path, "an object", value)
+        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _decode(cast(type[Any], hint), value, path + ".")
+    # a bool is an int to Python, and an int will do for a float
+    if not isinstance(value, (int, float) if hint is float else hint) or isinstance(value, bool) != (hint is bool):
+        raise _mismatch(path, hint.__name__, value)
+    return value
+
+
+def _mismatch(path: str, expected: str, value: Any) -> InvalidArtifact:
+    found = json.dumps(value)
+    found = found if len(found) <= 40 else found[:37] + "..."
+    return InvalidArtifact(f"{MANIFEST}: field {path.rstrip('.')!r} must be {expected}, found {found}")
