@@ -70,6 +70,18 @@ def sequences(*lengths: int, seed: int = 0) -> list[NDArray[np.int64]]:
     return [random.integers(0, VOCAB, length) for length in lengths]
 
 
+class Named(torch.nn.Module):
+    """Calls a model by keyword, which the exporter does not."""
+
+    def __init__(self, model: torch.nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.model(**dict(zip(self.names, arguments, strict=True))).to_tuple()
+
+
 def export(model: torch.nn.Module, path: Path, outputs: Sequence[str], opset: int = 17, types: bool = False) -> Path:
     """Export `model` as an ONNX file with dynamic batch and length; with token types if `types`."""
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
@@ -78,7 +90,7 @@ def export(model: torch.nn.Module, path: Path, outputs: Sequence[str], opset: in
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, arguments, path, input_names=names, output_names=list(outputs), dynamic_axes=axes,
+            Named(model, names), arguments, path, input_names=names, output_names=list(outputs), dynamic_axes=axes,
             opset_version=opset, dynamo=False,
         )  # fmt: skip
     return path

@@ -1,0 +1,242 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import QuantType
+
+from tests import oracle, tiny
+from tilewright.codegen.model import EncoderModel
+from tilewright.errors import InvalidModel, TilewrightError, UnsupportedModel
+from tilewright.frontend import load
+
+SEQUENCES = tiny.sequences(1, 6, 9, 32)
+EXPORTS = [
+    ("DistilBertForTokenClassification", ("logits",), 17, False),
+    ("DistilBertForSequenceClassification", ("logits",), 17, False),
+    ("DistilBertForQuestionAnswering", ("start_logits", "end_logits"), 17, False),
+    ("DistilBertModel", ("last_hidden_state",), 14, False),  # LayerNorm is decomposed below opset 17
+    ("BertModel", ("last_hidden_state", "pooler_output"), 17, True),
+    ("BertForSequenceClassification", ("logits",), 16, True),
+    ("BertForTokenClassification", ("logits",), 18, False),  # token types are constant
+]
+
+
+def run_onnx(path: Path, model: EncoderModel) -> list[dict[str, np.ndarray]]:
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    results = []
+    for ids in SEQUENCES:
+        feed = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+        feed |= {i.name: np.zeros((1, len(ids)), np.int64) for i in session.get_inputs() if i.name not in feed}
+        results.append({name: value[0] for name, value in zip(names, session.run(None, feed), strict=True)})
+    return results
+
+
+@pytest.mark.parametrize(("name", "outputs", "opset", "types"), EXPORTS)
+def test_float_graphs(name: str, outputs: tuple[str, ...], opset: int, types: bool, tmp_path: Path) -> None:
+    path = tiny.export(tiny.build(name), tmp_path / "model.onnx", outputs, opset, types)
+    model = load(path)
+    assert (model.config.num_heads, model.config.max_positions) == (tiny.HEADS, tiny.POSITIONS)
+    assert (model.embeddings.token_type is not None) == types
+    for ours, theirs in zip(oracle.forward_float(model, SEQUENCES), run_onnx(path, model), strict=True):
+        compared = ours.keys() & theirs.keys()
+        assert compared
+        for output in compared:
+            np.testing.assert_allclose(ours[output], theirs[output], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "outputs", "opset", "types"), [EXPORTS[0], EXPORTS[2], EXPORTS[4]])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("activations", [QuantType.QUInt8, QuantType.QInt8])
+def test_qdq_graphs(
+    name: str,
+    outputs: tuple[str, ...],
+    opset: int,
+    types: bool,
+    per_channel: bool,
+    activations: QuantType,
+    tmp_path: Path,
+) -> None:
+    path = tiny.export(tiny.build(name), tmp_path / "float.onnx", outputs, opset, types)
+    quantized = tiny.quantize(path, tmp_path / "model.onnx", per_channel, activations)
+    model = load(quantized)
+    assert model.quantized
+    assert all(np.abs(linear.weight.astype(int)).max() <= 127 for linear in model.linears())
+    assert any(note.startswith("dropped ") and "layers 0-1" in note for note in model.notes)
+    exact = load(path)
+    for linear, original in zip(model.linears(), exact.linears(), strict=True):
+        assert linear.scale is not None
+        step = linear.scale[:, None]
+        assert np.abs(linear.weight * step - original.weight).max() <= 0.51 * step.max()
+    ours, theirs, real = (
+        oracle.forward(model, SEQUENCES),
+        run_onnx(quantized, model),
+        oracle.forward_float(exact, SEQUENCES),
+    )
+    error = mean_error(ours, real, outputs[0])
+    assert error <= 1.1 * mean_error(theirs, real, outputs[0])
+    assert mean_error(ours, theirs, outputs[0]) < 0.2
+
+
+def mean_error(first: list, second: list, output: str) -> float:
+    """Relative to the mean magnitude of `second`."""
+    a, b = (np.concatenate([np.ravel(result[output]) for result in results]) for results in (first, second))
+    return float(np.abs(a - b).mean() / np.abs(b).mean())
+
+
+@pytest.fixture(scope="module")
+def qdq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qdq")
+    exported = tiny.export(tiny.build("DistilBertForTokenClassification"), path / "float.onnx", ["logits"])
+    return tiny.quantize(exported, path / "model.onnx")
+
+
+def refused(model: onnx.ModelProto | bytes, path: Path, kind: type[TilewrightError], *parts: str) -> None:
+    content = model if isinstance(model, bytes) else model.SerializeToString()
+    (path / "model.onnx").write_bytes(content)
+    with pytest.raises(kind) as caught:
+        load(path / "model.onnx")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files(qdq: Path, tmp_path: Path, keep: float) -> None:
+    content = qdq.read_bytes()
+    refused(content[: int(keep * len(content))], tmp_path, InvalidModel, "model.onnx")
+
+
+def test_foreign_file(tmp_path: Path) -> None:
+    refused(b"\x89PNG\r\n\x1a\n" + bytes(100), tmp_path, InvalidModel, "model.onnx")
+
+
+def replace_initializer(model: onnx.ModelProto, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(edit(numpy_helper.to_array(tensor).copy()), name))
+
+
+def first_weight(model: onnx.ModelProto) -> onnx.NodeProto:
+    """DequantizeLinear of the first Linear's weight."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    matmul = next(node for node in model.graph.node if node.op_type == "MatMul")
+    return producers[matmul.input[1]]
+
+
+def test_weights_of_minus_128_are_saturated_and_noted(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+
+    def lower(weight: np.ndarray) -> np.ndarray:
+        weight[0, :2] = -128
+        return weight
+
+    replace_initializer(model, first_weight(model).input[0], lower)
+    onnx.save(model, tmp_path / "model.onnx")
+    loaded = load(tmp_path)
+    assert "saturated 2 weights of -128 to -127 in layer 0 query" in loaded.notes
+    assert loaded.layers[0].attention.query.weight[:2, 0].tolist() == [-127, -127]
+
+
+def test_asymmetric_weights_are_requantised_and_noted(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    node = first_weight(model)
+    before = load(qdq).layers[0].attention.query
+    zero_point = np.full(tiny.HIDDEN, 5, np.int8)
+    replace_initializer(model, node.input[2], lambda _: zero_point)
+    onnx.save(model, tmp_path / "model.onnx")
+    loaded = load(tmp_path)
+    after = loaded.layers[0].attention.query
+    assert any("requantised the asymmetric weight of layer 0 query" in note for note in loaded.notes)
+    assert before.scale is not None
+    assert after.scale is not None
+    expected = (before.weight.astype(int) - 5) * before.scale[:, None]
+    assert np.abs(after.weight * after.scale[:, None] - expected).max() <= 0.51 * after.scale.max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_bad_scales_are_named(qdq: Path, tmp_path: Path, value: float) -> None:
+    model = onnx.load(qdq)
+    name = first_weight(model).input[1]
+    replace_initializer(model, name, lambda scale: np.full_like(scale, value))
+    refused(model, tmp_path, InvalidModel, name)
+
+
+def test_nan_in_a_float_tensor_is_named(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    bias = next(t.name for t in model.graph.initializer if t.data_type == 1 and list(t.dims) == [tiny.WIDE])
+    replace_initializer(model, bias, lambda array: np.full_like(array, np.nan))
+    refused(model, tmp_path, InvalidModel, bias, "NaN")
+
+
+def test_operators_and_opsets_are_refused_by_name(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    model.graph.node.append(helper.make_node("Sin", ["logits"], ["sine"]))
+    model.graph.node.append(helper.make_node("QAttention", ["logits"], ["q"], domain="com.microsoft"))
+    refused(model, tmp_path, UnsupportedModel, "Sin", "com.microsoft.QAttention", "supported: Add", "MatMul")
+    for version in (12, 23):
+        model = onnx.load(qdq)
+        next(o for o in model.opset_import if o.domain == "").version = version
+        refused(model, tmp_path, UnsupportedModel, f"opset {version}", "13 to 22")
+
+
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    path = tiny.export(tiny.build("DistilBertModel"), tmp_path / "model.onnx", ["last_hidden_state"])
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type == "Erf":
+            node.op_type = "Tanh"
+    refused(model, tmp_path, UnsupportedModel, "layer 0 has an unknown activation", "gelu, ")
+
+
+def test_an_unscaled_attention_is_refused(tmp_path: Path) -> None:
+    path = tiny.export(tiny.build("DistilBertModel"), tmp_path / "model.onnx", ["last_hidden_state"])
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            array = numpy_helper.to_array(node.attribute[0].t)
+            if array.dtype == np.float32 and array.size == 1 and 0.59 < float(array.reshape(())) < 0.6:
+                node.attribute[0].t.CopyFrom(numpy_helper.from_array(np.full_like(array, 0.9)))
+    refused(model, tmp_path, UnsupportedModel, "layer 0 attention", "1/sqrt(8)")
+
+
+def test_a_relative_position_bias_is_refused(tmp_path: Path) -> None:
+    path = tiny.export(tiny.build("DistilBertModel"), tmp_path / "model.onnx", ["last_hidden_state"])
+    model = onnx.load(path)
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((tiny.HEADS, 1, 1), np.float32), "relative_bias"))
+    bias = helper.make_node("Add", [softmax.input[0], "relative_bias"], ["biased"])
+    softmax.input[0] = "biased"
+    model.graph.node.insert(list(model.graph.node).index(softmax), bias)
+    refused(model, tmp_path, UnsupportedModel, "learnt position bias (relative_bias)")
+
+
+def test_an_unknown_head_is_refused(tmp_path: Path) -> None:
+    path = tiny.export(tiny.build("DistilBertModel"), tmp_path / "model.onnx", ["last_hidden_state"])
+    model = onnx.load(path)
+    model.graph.node.append(helper.make_node("Softmax", ["last_hidden_state"], ["strange"]))
+    model.graph.output[0].name = "strange"
+    refused(model, tmp_path, UnsupportedModel, "outputs strange", "token classification")
+
+
+def test_a_partly_quantised_graph_is_refused(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    matmul = next(node for node in model.graph.node if node.op_type == "MatMul")
+    dequantize = producers[matmul.input[0]]
+    quantize = producers[dequantize.input[0]]
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == dequantize.output[0] and node.op_type == "MatMul":
+                node.input[i] = quantize.input[0]
+    refused(model, tmp_path, UnsupportedModel, "layer 0 query: the weight but not the input is quantised")
+
+
+def test_an_unused_initializer_is_noted(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(7, np.float32), "left_over"))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert "unused tensors: left_over" in load(tmp_path).notes
