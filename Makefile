@@ -1,0 +1,54 @@
+# Two commands set everything up: `make quickstart` and `make test`. Needs Python 3.11 or later, pip and gcc.
+# Where pip would fetch torch with CUDA, point it at PyTorch's CPU builds: make test PIP_ARGS="--extra-index-url ..."
+PYTHON ?= python3
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
+# Debian ships venv without ensurepip, which only the python3-venv package adds; pip can install itself from outside
+MAKE_VENV = $(PYTHON) -m venv $(1) 2>/dev/null || \
+	{ $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install --quiet pip; }
+
+.PHONY: quickstart test lint wheel smoke clean
+
+quickstart: $(VENV)/installed-quickstart
+	$(BIN)/python benchmarks/quickstart.py
+
+# pytest comes last, so that its summary closes the output
+test: lint smoke
+	$(BIN)/python -m pytest -q
+
+# import-linter does not follow the links in typings/, so it reads the package as the wheel lays it out
+lint: $(VENV)/installed-test wheel
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=build/unpacked $(BIN)/lint-imports --no-cache
+
+wheel: $(VENV)/installed-test
+	rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >/dev/null
+	$(BIN)/python -m zipfile -e build/wheel/*.whl build/unpacked
+
+# the wheel in an environment that holds nothing else, with neither gcc nor the repository in reach
+smoke: wheel
+	$(BIN)/python -m tests.toy build/toy.tw
+	$(call MAKE_VENV,build/venv)
+	build/venv/bin/python -m pip install --quiet $(PIP_ARGS) build/wheel/*.whl
+	cd build && env PATH="$$PWD/venv/bin" venv/bin/python -I ../tests/wheel_smoke.py toy.tw
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/created:
+	$(call MAKE_VENV,$(VENV))
+	touch $@
+
+$(VENV)/installed-quickstart: pyproject.toml $(VENV)/created
+	$(INSTALL) -e '.[pipeline,bench]'
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml $(VENV)/created
+	$(INSTALL) -e '.[dev,pipeline,bench,tune]'
+	touch $@

@@ -1,0 +1,49 @@
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
+
+
+def modules() -> dict[str, Path]:
+    """Every Python file under the mapped folders by its path in the package, tilewright/codegen/model.py and so on."""
+    return {
+        f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder).as_posix()}": file
+        for package, folder in FOLDERS.items()
+        for file in (ROOT / folder).rglob("*.py")
+    }
+
+
+def test_every_folder_with_python_files_is_a_listed_package() -> None:
+    found = {str(Path(name).parent).replace("/", ".") for name in modules()}
+    assert found == set(SETUPTOOLS["packages"])
+
+
+def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy: setuptools leaves its work in the tree, and would ship what it finds there
+    for folder in FOLDERS.values():
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    records = {f"tilewright/tuning_logs/{file.name}" for file in (ROOT / "tuning_logs").glob("*.json")}
+    assert held == {*modules(), "tilewright/py.typed", *records}
+
+
+def test_typings_links_match_the_package() -> None:
+    typings = ROOT / "typings" / "tilewright"
+    expected = {package.rpartition(".")[2]: ROOT / folder for package, folder in FOLDERS.items() if "." in package}
+    for file in (ROOT / "tilewright").iterdir():
+        if file.name == "py.typed" or file.suffix == ".py" or (file.is_dir() and file.name != "__pycache__"):
+            expected[file.name] = file
+    assert {link.name: link.resolve() for link in typings.iterdir() if link.name != "__pycache__"} == expected
+    for link in typings.iterdir():
+        assert link.is_symlink() and not link.readlink().is_absolute()
