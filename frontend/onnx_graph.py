@@ -24,10 +24,10 @@ OPSETS = range(13, 23)
 # fmt: off
 OPERATORS = frozenset((
     "Add", "And", "Cast", "Concat", "Constant", "ConstantOfShape", "CumSum", "DequantizeLinear", "Div",
-    "Dropout", "Equal", "Erf", "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "Greater", "GreaterOrEqual",
-    "Identity", "IsNaN", "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Not", "Or", "Pow",
-    "QuantizeLinear", "Range", "ReduceMean", "Relu", "Reshape", "Shape", "Slice", "Softmax", "Split", "Sqrt",
-    "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
+    "Dropout", "Equal", "Erf", "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "Greater",
+    "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Not",
+    "Or", "Pow", "QuantizeLinear", "Range", "ReduceMean", "Relu", "Reshape", "Shape", "Slice", "Softmax",
+    "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ))
 # fmt: on
 """Operators of the default domain in the supported graphs, those that only build masks and shapes included."""
