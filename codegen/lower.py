@@ -201,8 +201,9 @@ class _Lowering:
         if any(part.input != quantization for part in parts):
             raise InvalidModel(f"{name}: {', '.join(part.name for part in parts)} read differently quantised inputs; they must share one")
         weight = np.concatenate([part.weight for part in parts]).astype(np.int8)
-        scale = np.concatenate([quantization.scale * part.scale / d for part, d in zip(parts, divisors, strict=True)])
-        bias = np.concatenate([part.bias / d for part, d in zip(parts, divisors, strict=True)])
+        # in float64: each constant is rounded once
+        scale = np.concatenate([_scale(part) * quantization.scale / d for part, d in zip(parts, divisors, strict=True)])
+        bias = np.concatenate([part.bias.astype(np.float64) / d for part, d in zip(parts, divisors, strict=True)])
         n, k = weight.shape
         base = Workload("linear", n, k, self.plan.isa, self.operands, label, plan.family, plan.block)
         residual = epilogue.norm.residual if isinstance(epilogue, AddNorm) else None
@@ -263,6 +264,12 @@ def _input(linear: Linear) -> Quantization:
     if linear.input is None:
         raise InvalidModel(f"{linear.name} has no input quantisation")
     return linear.input
+
+
+def _scale(linear: Linear) -> NDArray[np.float64]:
+    if linear.scale is None:
+        raise InvalidModel(f"{linear.name} has no weight scale")
+    return linear.scale.astype(np.float64)
 
 
 def _known(scale: float | None) -> float:

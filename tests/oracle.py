@@ -1,12 +1,14 @@
 """Independent NumPy model of exactly what Tilewright compiles; the reference of the model-level tests.
 
-Each sequence is computed alone, so nothing here knows about packing, padding or layouts.
+Sequences meet nowhere: attention takes them one at a time, everything else takes tokens one at a time. (They are laid end
+to end only because NumPy multiplies one tall matrix faster than many flat ones.) There is no padding and no layout.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from tilewright.codegen.model import Activation, Attention, EncoderModel, Layer,
 
 Array = NDArray[np.float32]
 Integers = NDArray[np.int64]
-Apply = Callable[[Linear, Array], Array]
+Apply = Callable[[Linear, Array, float | None], Array]
 Attend = Callable[[Array, Array, Array, Attention], Array]
 
 
@@ -35,17 +37,17 @@ def forward_float(
 
 
 def quantize_u8(x: Array, scale: float, zero_point: int) -> NDArray[np.int32]:
-    """clip(rne(x / scale) + zero_point, 0, 255)."""
-    return np.clip(np.rint(x / np.float32(scale)) + zero_point, 0, 255).astype(np.int32)
+    """clip(rne(x * (1 / scale)) + zero_point, 0, 255)."""
+    return np.clip(np.rint(x * np.float32(1 / scale)) + zero_point, 0, 255).astype(np.int32)
 
 
-def quantize_s8(x: Array, scale: float) -> NDArray[np.int32]:
-    """clip(rne(x / scale), -127, 127)."""
-    return np.clip(np.rint(x / np.float32(scale)), -127, 127).astype(np.int32)
+def round_s8(x: Array) -> NDArray[np.int32]:
+    """clip(rne(x), -127, 127)."""
+    return np.clip(np.rint(x), -127, 127).astype(np.int32)
 
 
-def apply_float(linear: Linear, x: Array) -> Array:
-    """x @ weight.T + bias with the real weight."""
+def apply_float(linear: Linear, x: Array, unit: float | None = None) -> Array:
+    """x @ weight.T + bias with the real weight; `unit` is of the quantised path."""
     weight = linear.weight.astype(np.float32)
     if linear.scale is not None:
         weight *= linear.scale[:, None]
@@ -77,14 +79,14 @@ def _forward(
     apply: Apply,
     attend: Attend,
 ) -> list[dict[str, Array]]:
-    outputs = []
-    for i, ids in enumerate(sequences):
-        types = np.zeros(len(ids), np.int64) if token_types is None else token_types[i]
-        hidden = _embed(model, ids, types)
-        for layer in model.layers:
-            hidden = _layer(model, layer, hidden, apply, attend)
-        outputs.append(_head(model, hidden))
-    return outputs
+    if token_types is None:
+        token_types = [np.zeros(len(ids), np.int64) for ids in sequences]
+    bounds = np.cumsum([0, *map(len, sequences)])
+    spans = [slice(start, end) for start, end in pairwise(bounds)]
+    hidden = np.concatenate([_embed(model, ids, types) for ids, types in zip(sequences, token_types, strict=True)])
+    for layer in model.layers:
+        hidden = _layer(model, layer, hidden, spans, apply, attend)
+    return [_head(model, hidden[span]) for span in spans]
 
 
 def _embed(model: EncoderModel, ids: Integers, types: Integers) -> Array:
@@ -95,16 +97,19 @@ def _embed(model: EncoderModel, ids: Integers, types: Integers) -> Array:
     return layer_norm(x, table.norm)
 
 
-def _layer(model: EncoderModel, layer: Layer, x: Array, apply: Apply, attend: Attend) -> Array:
+def _layer(model: EncoderModel, layer: Layer, x: Array, spans: list[slice], apply: Apply, attend: Attend) -> Array:
     attention = layer.attention
-    heads = [
-        apply(linear, x).reshape(len(x), model.config.num_heads, -1).transpose(1, 0, 2)
-        for linear in (attention.query, attention.key, attention.value)
-    ]
-    context = attend(*heads, attention).transpose(1, 0, 2).reshape(len(x), -1)
+    operands = [apply(linear, x) for linear in (attention.query, attention.key, attention.value)]
+    context = np.concatenate([_attention(model, [y[span] for y in operands], attention, attend) for span in spans])
     x = layer_norm(apply(attention.output, context) + x, layer.attention_norm)
     inner = activate(apply(layer.up, x), model.config.activation)
     return layer_norm(apply(layer.down, inner) + x, layer.output_norm)
+
+
+def _attention(model: EncoderModel, operands: list[Array], attention: Attention, attend: Attend) -> Array:
+    """Context [tokens, hidden] of one sequence."""
+    q, k, v = (y.reshape(len(y), model.config.num_heads, -1).transpose(1, 0, 2) for y in operands)
+    return attend(q, k, v, attention).transpose(1, 0, 2).reshape(len(operands[0]), -1)
 
 
 def _head(model: EncoderModel, hidden: Array) -> dict[str, Array]:
@@ -123,25 +128,29 @@ def _head(model: EncoderModel, hidden: Array) -> dict[str, Array]:
     return {"logits": logits}
 
 
-def _apply_int8(linear: Linear, x: Array) -> Array:
+def _apply_int8(linear: Linear, x: Array, unit: float | None = None) -> Array:
+    """The real result, in multiples of `unit` if given: one multiply-add of the integer sum, rounded once."""
     assert linear.scale is not None
     assert linear.input is not None
     q = quantize_u8(x, linear.input.scale, linear.input.zero_point) - linear.input.zero_point
     # float64 holds these integer sums exactly (below 2**53) and multiplies much faster than NumPy's integers
-    acc = q.astype(np.float64) @ linear.weight.T.astype(np.float64)
-    return acc.astype(np.float32) * (np.float32(linear.input.scale) * linear.scale) + linear.bias
+    acc = (q.astype(np.float64) @ linear.weight.T.astype(np.float64)).astype(np.float32)
+    scale = (linear.input.scale * linear.scale.astype(np.float64) / (unit or 1.0)).astype(np.float32)
+    bias = (linear.bias.astype(np.float64) / (unit or 1.0)).astype(np.float32)
+    return (acc.astype(np.float64) * scale + bias).astype(np.float32)
 
 
 def _attend_int8(q: Array, k: Array, v: Array, attention: Attention) -> Array:
-    """Context [heads, tokens, channels]: s8 operands, probabilities as u8 relative to their row's largest."""
+    """Context [heads, tokens, channels] of q, k, v in units of their scales; probabilities u8, the largest of a row 255."""
     q_scale, k_scale, v_scale = attention.query_scale, attention.key_scale, attention.value_scale
     assert q_scale is not None
     assert k_scale is not None
     assert v_scale is not None
-    q8, k8, v8 = quantize_s8(q, q_scale), quantize_s8(k, k_scale), quantize_s8(v, v_scale)
+    q8, k8, v8 = round_s8(q), round_s8(k), round_s8(v)
     factor = np.float32(q_scale * k_scale / math.sqrt(q.shape[-1]))
-    logits = (q8 @ k8.transpose(0, 2, 1)).astype(np.float32) * factor
-    p = np.rint(np.exp(logits - logits.max(axis=-1, keepdims=True)) * np.float32(255)).astype(np.int32)
+    scores = q8 @ k8.transpose(0, 2, 1)
+    logits = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float32) * factor
+    p = np.rint(np.exp(logits) * np.float32(255)).astype(np.float64)
     return (p @ v8).astype(np.float32) * np.float32(v_scale) / p.sum(axis=-1, keepdims=True).astype(np.float32)
 
 

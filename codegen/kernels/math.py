@@ -49,22 +49,21 @@ def exp(x: Expr) -> Expr:
     return _let(T.min(T.max(x, T.float32(-87.0)), T.float32(88.0)) * T.float32(math.log2(math.e)), from_power)
 
 
-# Abramowitz & Stegun, Handbook of Mathematical Functions, 7.1.26: absolute error below 1.5e-7
-_ERF_P = 0.3275911
-_ERF = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0]
+# erf(x) / x as a ratio of polynomials in x^2 on |x| <= 4, beyond which erf is +-1 in float32; fitted by iteratively
+# reweighted linear least squares on 4000 Chebyshev nodes; error 2.1e-8 in exact arithmetic
+_ERF_NUMERATOR = [1.97483519e-06, 2.88041076e-04, 4.0036249e-03, 5.34674116e-02, 1.96248457e-01, 1.12837899]
+_ERF_DENOMINATOR = [3.74809799e-05, 1.21635513e-03, 1.54443784e-02, 1.16476215e-01, 5.07251859e-01, 1.0]
 
 
 def erf(x: Expr) -> Expr:
     """The error function, absolute error below 5e-7."""
 
-    def from_magnitude(magnitude: Expr) -> Expr:
-        tail = _let(T.float32(1.0) / (T.float32(1.0) + T.float32(_ERF_P) * magnitude), lambda t: _horner(t, _ERF))
-        return _let(
-            T.float32(1.0) - tail * exp(T.float32(0.0) - magnitude * magnitude),
-            lambda value: T.Select(x < T.float32(0.0), T.float32(0.0) - value, value),
-        )
+    def ratio(clamped: Expr) -> Expr:
+        numerator = _let(clamped * clamped, lambda square: _horner(square, _ERF_NUMERATOR))
+        denominator = _let(clamped * clamped, lambda square: _horner(square, _ERF_DENOMINATOR))
+        return clamped * numerator / denominator
 
-    return _let(T.max(x, T.float32(0.0) - x), from_magnitude)
+    return _let(T.min(T.max(x, T.float32(-4.0)), T.float32(4.0)), ratio)
 
 
 def tanh(x: Expr) -> Expr:
