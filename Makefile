@@ -19,12 +19,12 @@ quickstart: $(VENV)/installed-quickstart
 test: lint smoke
 	$(BIN)/python -m pytest -q
 
-# import-linter does not follow the links in typings/, so it reads the package as the wheel lays it out
+# import-linter follows no links, so it reads the package as the wheel lays it out
 lint: $(VENV)/installed-test wheel
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=build/unpacked $(BIN)/lint-imports --no-cache
+	cd build/unpacked && $(CURDIR)/$(BIN)/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
 
 wheel: $(VENV)/installed-test
 	rm -rf build

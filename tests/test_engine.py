@@ -145,6 +145,9 @@ def test_tokenize_pads_and_truncates(engine: tilewright.Engine) -> None:
     np.testing.assert_array_equal(inputs["input_ids"], [[1, 2, 3], [2, 0, 0]])
     np.testing.assert_array_equal(inputs["attention_mask"], [[1, 1, 1], [1, 0, 0]])
     check(engine(**inputs), [[1, 2, 3], [2]], inputs["attention_mask"])
+    np.testing.assert_array_equal(engine.tokenize([("a", "b c")])["token_type_ids"], [[0, 1, 1]])
+    with pytest.raises(InvalidInput, match="one str"):
+        engine.tokenize("a b")
     assert engine.tokenize(["a " * 40])["input_ids"].shape == (1, 40)
     assert engine.tokenize(["a " * 40], truncate=True)["input_ids"].shape == (1, 32)
 

@@ -13,7 +13,6 @@ _CPUINFO = Path("/proc/cpuinfo")
 _LLVM_NAMES = {
     "abm": "lzcnt",
     "bmi1": "bmi",
-    "cx16": "cx16",
     "lahf_lm": "sahf",
     "pclmulqdq": "pclmul",
     "pni": "sse3",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class Engine:
         self.num_threads = num_threads
         self._executable = executable
         self._tokenizer_text = tokenizer
+        self._tokenizer_lock = threading.Lock()  # truncation is a setting of the shared tokenizer
         self._takes_types = "token_type_ids" in manifest.inputs
         self._workspace = _aligned_rows(4, manifest.limits.max_tokens + GROUP)
         self._threads = acquire_threads(num_threads)
@@ -158,12 +160,15 @@ class Engine:
         self, texts: Sequence[str] | Sequence[tuple[str, str]], *, truncate: bool = False
     ) -> dict[str, NDArray[np.int64]]:
         """Inputs of a call for `texts` (or pairs of texts), padded on the right; `truncate` cuts what is too long."""
+        if isinstance(texts, str):
+            raise InvalidInput("tokenize was given one str; expected a list of texts")
         tokenizer = self._tokenizer
-        if truncate:
-            tokenizer.enable_truncation(self.manifest.limits.max_positions)
-        else:
-            tokenizer.no_truncation()
-        encodings = tokenizer.encode_batch(list(texts))
+        with self._tokenizer_lock:
+            if truncate:
+                tokenizer.enable_truncation(self.manifest.limits.max_positions)
+            else:
+                tokenizer.no_truncation()
+            encodings = tokenizer.encode_batch(list(texts))
         shape = len(encodings), max((len(encoding.ids) for encoding in encodings), default=0)
         arrays: dict[str, NDArray[np.int64]] = {name: np.zeros(shape, np.int64) for name in self.manifest.inputs}
         for row, encoding in enumerate(encodings):
