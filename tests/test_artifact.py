@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tilewright.codegen import artifact
-from tilewright.codegen.artifact import check_output, write_artifact
 
 import tilewright
 from tests import toy
+from tilewright.codegen import artifact
+from tilewright.codegen.artifact import check_output, write_artifact
 from tilewright.cpu import check_cpu, cpu_features
 from tilewright.errors import ArtifactTargetMismatch, InvalidArtifact, InvalidInput
 from tilewright.manifest import Manifest, RequiredIsa
