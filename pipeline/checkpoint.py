@@ -61,7 +61,7 @@ def _config(model: EncoderModel, family: Family) -> dict[str, Any]:
         keys.activation: next(name for name, kind in ACTIVATIONS.items() if kind == config.activation),
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_positions,
-        "quantization_config": quantization_config(_head_modules(model, family)),
+        "quantization_config": quantization_config(list(_head_linears(model, family))),
     }
     if keys.layer_norm_eps:
         settings[keys.layer_norm_eps] = model.embeddings.norm.eps
@@ -93,9 +93,10 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def _head_modules(model: EncoderModel, family: Family) -> list[str]:
-    names = _head_names(model, family)
-    return [name for name in (names.pre, names.projection) if name]
+def _head_linears(model: EncoderModel, family: Family) -> dict[str, Linear]:
+    names, head = _head_names(model, family), model.head
+    named = ((names.pre, head.pre), (names.projection, head.projection))
+    return {name: linear for name, linear in named if name is not None and linear is not None}
 
 
 def _tensors(model: EncoderModel, family: Family) -> Tensors:
@@ -112,9 +113,8 @@ def _tensors(model: EncoderModel, family: Family) -> Tensors:
     # a model with a head keeps its encoder under a prefix, the bare encoder does not
     if model.head.kind != "none":
         tensors = {family.prefix + name: tensor for name, tensor in tensors.items()}
-    for name, linear in zip(_head_modules(model, family), (model.head.pre, model.head.projection), strict=False):
-        if linear is not None:
-            tensors |= {f"{name}.weight": linear.weight, f"{name}.bias": linear.bias}
+    for name, linear in _head_linears(model, family).items():
+        tensors |= {f"{name}.weight": linear.weight, f"{name}.bias": linear.bias}
     return tensors
 
 

@@ -1,7 +1,7 @@
 """Independent NumPy model of exactly what Tilewright compiles; the reference of the model-level tests.
 
-Sequences meet nowhere: attention takes them one at a time, everything else takes tokens one at a time. (They are laid end
-to end only because NumPy multiplies one tall matrix faster than many flat ones.) There is no padding and no layout.
+Sequences meet nowhere: attention takes them one at a time, everything else takes tokens one at a time. (They are laid
+end to end only because NumPy multiplies one tall matrix faster than many flat ones.) There is no padding and no layout.
 """
 
 from __future__ import annotations
@@ -99,11 +99,18 @@ def _embed(model: EncoderModel, ids: Integers, types: Integers) -> Array:
 
 def _layer(model: EncoderModel, layer: Layer, x: Array, spans: list[slice], apply: Apply, attend: Attend) -> Array:
     attention = layer.attention
-    operands = [apply(linear, x) for linear in (attention.query, attention.key, attention.value)]
+    operands = [
+        apply(linear, x, scale)
+        for linear, scale in (
+            (attention.query, attention.query_scale),
+            (attention.key, attention.key_scale),
+            (attention.value, attention.value_scale),
+        )
+    ]
     context = np.concatenate([_attention(model, [y[span] for y in operands], attention, attend) for span in spans])
-    x = layer_norm(apply(attention.output, context) + x, layer.attention_norm)
-    inner = activate(apply(layer.up, x), model.config.activation)
-    return layer_norm(apply(layer.down, inner) + x, layer.output_norm)
+    x = layer_norm(apply(attention.output, context, None) + x, layer.attention_norm)
+    inner = activate(apply(layer.up, x, None), model.config.activation)
+    return layer_norm(apply(layer.down, inner, None) + x, layer.output_norm)
 
 
 def _attention(model: EncoderModel, operands: list[Array], attention: Attention, attend: Attend) -> Array:
@@ -141,12 +148,13 @@ def _apply_int8(linear: Linear, x: Array, unit: float | None = None) -> Array:
 
 
 def _attend_int8(q: Array, k: Array, v: Array, attention: Attention) -> Array:
-    """Context [heads, tokens, channels] of q, k, v in units of their scales; probabilities u8, the largest of a row 255."""
+    """Context [heads, tokens, channels] of q, k, v in units of their scales; probabilities u8, a row's largest 255."""
     q_scale, k_scale, v_scale = attention.query_scale, attention.key_scale, attention.value_scale
     assert q_scale is not None
     assert k_scale is not None
     assert v_scale is not None
-    q8, k8, v8 = round_s8(q), round_s8(k), round_s8(v)
+    # float64 again stands for exact integers
+    q8, k8, v8 = (round_s8(x).astype(np.float64) for x in (q, k, v))
     factor = np.float32(q_scale * k_scale / math.sqrt(q.shape[-1]))
     scores = q8 @ k8.transpose(0, 2, 1)
     logits = (scores - scores.max(axis=-1, keepdims=True)).astype(np.float32) * factor
