@@ -53,6 +53,7 @@ def load_onnx(path: Path) -> EncoderModel:
     )
     _check_all_used(walker)
     _check_uniform(layers)
+    _check_shapes(layers, reader.hidden)
     head = found.head
     config = EncoderConfig(
         architecture="distilbert" if embeddings.token_type is None else "bert",
@@ -204,7 +205,7 @@ def _check_all_used(walker: Walker) -> None:
 
 
 def _check_uniform(layers: tuple[Layer, ...]) -> None:
-    """Raise UnsupportedModel if only some parts of the encoder are quantised, or if layers differ in size."""
+    """Raise UnsupportedModel if only some parts of the encoder are quantised."""
     states = {}
     for index, layer in enumerate(layers):
         attention = layer.attention
@@ -218,8 +219,23 @@ def _check_uniform(layers: tuple[Layer, ...]) -> None:
         raise UnsupportedModel(
             f"{missing} is not quantised but other parts are; quantise every Linear and attention operand"
         )
-    if len({layer.up.weight.shape for layer in layers}) > 1:
-        raise UnsupportedModel("layers differ in their intermediate size; supported: one size")
+
+
+def _check_shapes(layers: tuple[Layer, ...], hidden: int) -> None:
+    """Raise InvalidModel unless all layers have Linears and LayerNorms of the embeddings' width and one inner width."""
+    inner = len(layers[0].up.weight)
+    for index, layer in enumerate(layers):
+        attention = layer.attention
+        expected = {linear: (hidden, hidden) for linear in ("query", "key", "value", "output")}
+        linears = {name: getattr(attention, name) for name in expected} | {"up": layer.up, "down": layer.down}
+        for name, shape in (expected | {"up": (inner, hidden), "down": (hidden, inner)}).items():
+            weight, bias = linears[name].weight, linears[name].bias
+            if weight.shape != shape or bias.shape != shape[:1]:
+                found = f"{list(weight.shape)} with a bias of {bias.size}"
+                raise InvalidModel(f"layer {index} {name} is {found}, expected {list(shape)} with a bias of {shape[0]}")
+        for norm in (layer.attention_norm, layer.output_norm):
+            if norm.weight.shape != (hidden,) or norm.bias.shape != (hidden,):
+                raise InvalidModel(f"a LayerNorm of layer {index} is not over {hidden} values")
 
 
 def _labels(path: Path, head: Head) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ class Graph:
         from onnx import numpy_helper
 
         _check_support(model, where)
+        _check_wiring(model, where)
         graph = model.graph
         nodes = [_node(proto) for proto in graph.node]
         try:
@@ -246,6 +247,17 @@ def _check_support(model: onnx.ModelProto, where: str) -> None:
     if not opsets or opsets[0] not in OPSETS:
         found = f"opset {opsets[0]}" if opsets else "no opset"
         raise UnsupportedModel(f"{where} has {found}; supported: {OPSETS.start} to {OPSETS.stop - 1}")
+
+
+def _check_wiring(model: onnx.ModelProto, where: str) -> None:
+    """Every value is produced before it is used, and once: the walk may then rely on inputs and on ending."""
+    from onnx import checker
+
+    try:
+        checker.check_model(model)
+    except Exception as error:  # the checker's own ValidationError, or protobuf's for what it cannot serialise
+        message = str(error).strip().splitlines()[0]
+        raise InvalidModel(f"{where} is not a valid ONNX model: {message}; export it again") from None
 
 
 def _node(proto: onnx.NodeProto) -> Node:

@@ -16,10 +16,10 @@ from tilewright.frontend.onnx_graph import Graph, Pair, QuantizedConstant
 from tilewright.frontend.onnx_patterns import LAYER_NORM, Match, match
 
 _KINDS = {
-    "LayerNormalization": "LayerNorm outputs: the residual stream stays float32",
-    "Gather": "embeddings: they stay float32",
-    "MatMul": "MatMul outputs: they stay float32",
-    "Softmax": "Softmax outputs: probabilities are quantised with the scale of their row's largest",
+    "LayerNormalization": "LayerNorm outputs (the residual stream stays float32)",
+    "Gather": "embeddings (they stay float32)",
+    "MatMul": "MatMul outputs (they stay float32)",
+    "Softmax": "Softmax outputs (probabilities are quantised relative to their row's largest)",
 }
 """What a dropped Q/DQ pair was on, by the operator that produced it, and what becomes of the value."""
 
@@ -44,7 +44,7 @@ class Notes:
     def drop(self, pairs: tuple[Pair, ...], where: str) -> None:
         """Record that the values at `where`, such as "layer 0 query", stay float32 although `pairs` quantise them."""
         for pair in pairs:
-            self.dropped[_KINDS.get(pair.producer, f"{pair.producer} outputs: they stay float32")][where].add(
+            self.dropped[_KINDS.get(pair.producer, f"{pair.producer} outputs (they stay float32)")][where].add(
                 pair.output
             )
 
@@ -54,7 +54,7 @@ class Notes:
         for kind, places in self.dropped.items():
             count = sum(len(outputs) for outputs in places.values())
             plural = "pair" if count == 1 else "pairs"
-            lines.append(f"dropped {count} Q/DQ {plural} on {kind}; {_grouped(places)}")
+            lines.append(f"dropped {count} Q/DQ {plural} on {kind}: {_grouped(places)}")
         return (*lines, *self.lines)
 
 

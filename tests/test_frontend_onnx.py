@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,6 +247,36 @@ def test_a_partly_quantised_graph_is_refused(qdq: Path, tmp_path: Path) -> None:
             if name == dequantize.output[0] and node.op_type == "MatMul":
                 node.input[i] = quantize.input[0]
     refused(model, tmp_path, UnsupportedModel, "layer 0 query: the weight but not the input is quantised")
+
+
+def test_a_cyclic_graph_is_refused(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == "input_ids":
+                node.input[i] = "again"
+    model.graph.node.append(helper.make_node("Identity", ["again"], ["again"]))
+    refused(model, tmp_path, InvalidModel, "not a valid ONNX model")
+
+
+def test_a_weight_of_another_shape_is_refused(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    name = first_weight(model).input[0]
+    replace_initializer(model, name, lambda weight: weight[1:])
+    refused(model, tmp_path, InvalidModel, "layer 0 query is [32, 31]", "[32, 32]")
+
+
+def test_without_the_onnx_package(qdq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UnsupportedModel, match=r"pip install tilewright\[pipeline\]"):
+        load(qdq)
+
+
+def test_the_frontend_imports_no_heavy_package() -> None:
+    code = (
+        "import sys, tilewright.frontend; sys.exit(bool({'onnx', 'torch', 'transformers', 'tvm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_an_unused_initializer_is_noted(qdq: Path, tmp_path: Path) -> None:
