@@ -39,7 +39,7 @@ def write_artifact(
         write_weights(directory / WEIGHTS, weights)
         if tokenizer is not None:
             (directory / TOKENIZER).write_text(tokenizer, "utf-8")
-        files = {file.name: _sha256(file) for file in sorted(directory.iterdir())}
+        files = {file.name: sha256(file) for file in sorted(directory.iterdir())}
         complete = dataclasses.replace(manifest, parameters=tuple(weights), files=files)
         text = complete.to_json()
         Manifest.from_json(text)  # an artifact that cannot be read back is a bug to find now
@@ -89,6 +89,7 @@ def _replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hex sha256 of the file at `path`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

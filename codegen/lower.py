@@ -35,15 +35,14 @@ class Output:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What the manifest says of one linear kernel: stored block, density of the blocks found, and why not sparser."""
+    """One linear kernel: the block stored, the share of weights in stored blocks, and why it is not stored as found."""
 
     name: str
     shape: tuple[int, int]
     block: tuple[int, int] | None
     density: float
-    kernel: str
     reason: str
-    workload: str
+    workload: Workload
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,9 @@ def lower(model: EncoderModel, plan: Plan, max_tokens: int = 4096) -> Lowered:
     """
     config = model.config
     if not model.quantized:
-        raise InvalidModel("cannot compile a float model; quantise it first: tilewright quantize MODEL --texts FILE -o OUT")
+        raise InvalidModel(
+            "cannot compile a float model; quantise it first: tilewright quantize MODEL --texts FILE -o OUT"
+        )
     if config.hidden_size % VECTOR or config.intermediate_size % VECTOR or config.head_dim % 4:
         raise UnsupportedModel(
             f"hidden size {config.hidden_size}, intermediate size {config.intermediate_size} and head size "
@@ -88,7 +89,9 @@ class _Lowering:
         self.reports: list[KernelReport] = []
 
     def run(self) -> Lowered:
-        inputs = ["input_ids", "position_ids"] + (["token_type_ids"] if self.model.embeddings.token_type is not None else [])
+        inputs = ["input_ids", "position_ids"] + (
+            ["token_type_ids"] if self.model.embeddings.token_type is not None else []
+        )
         stream, small = self._embedding(inputs)
         for index, (layer, plan) in enumerate(zip(self.model.layers, self.plan.layers, strict=True)):
             stream, small = self._layer(index, layer, plan, stream, small)
@@ -106,7 +109,9 @@ class _Lowering:
     def _activation(self, name: str, layout: Layout, channels: int) -> Value:
         return Value(name, tuple(at(layout, self.program.groups, GROUP, channels)), self.operands.activation)
 
-    def _norm(self, name: str, weights: LayerNorm, consumer: tuple[Layout, Quantization] | None) -> tuple[Norm, list[str], list[Value]]:
+    def _norm(
+        self, name: str, weights: LayerNorm, consumer: tuple[Layout, Quantization] | None
+    ) -> tuple[Norm, list[str], list[Value]]:
         """The norm, its parameter names and its results: the stream (in rows for the head) and the u8 copy if consumed."""
         hidden, groups = self.config.hidden_size, self.program.groups
         stream: Layout = self.plan.residual if consumer else "rows"
@@ -127,9 +132,15 @@ class _Lowering:
         norm, norm_names, results = self._norm("embeddings.norm", tables.norm, self._consumer(0))
         words, hidden = tables.word.shape
         types = 0 if tables.token_type is None else len(tables.token_type)
-        workload = Workload("embedding", words, hidden, self.plan.isa, self.operands, str(norm.consumer), residual=norm.residual)
+        workload = Workload(
+            "embedding", words, hidden, self.plan.isa, self.operands, str(norm.consumer), residual=norm.residual
+        )
         self.program.call(
-            (workload, norm), lambda: embedding(workload, norm, len(tables.position), types), [*inputs, *names, *norm_names], results
+            "embedding",
+            (workload, norm),
+            lambda: embedding(workload, norm, len(tables.position), types),
+            [*inputs, *names, *norm_names],
+            results,
         )
         return results[0].name, results[-1].name
 
@@ -152,22 +163,39 @@ class _Lowering:
         context = self._activation(f"{name}.context", plan.output.layout, hidden)
         workload = Workload("attention", config.num_heads, config.head_dim, self.plan.isa, operands, plan.output.layout)
         program.call(
+            "attention",
             (workload,),
             lambda: attention(workload, plan.output.layout, config.max_positions),
             [*(value.name for value in qkv), "offsets", *program.add_parameters(f"{name}.attention", {"quant": quant})],
             [context],
         )
         stream, small = self._add_norm(
-            f"{name}.output", attn.output, plan.output, layer.attention_norm, (plan.up.layout, _input(layer.up)), stream, context.name
+            f"{name}.output",
+            attn.output,
+            plan.output,
+            layer.attention_norm,
+            (plan.up.layout, _input(layer.up)),
+            stream,
+            context.name,
         )
         activated = self._activation(f"{name}.activated", plan.down.layout, config.intermediate_size)
         extra = program.add_parameters(f"{name}.activation", {"quant": _quant(_input(layer.down))})
         epilogue = Activate(config.activation, plan.down.layout)
         self._linear(
-            f"{name}.up", (layer.up,), (1.0,), plan.up, epilogue, f"{config.activation}>{plan.down.layout}", [small], extra, [activated]
+            f"{name}.up",
+            (layer.up,),
+            (1.0,),
+            plan.up,
+            epilogue,
+            f"{config.activation}>{plan.down.layout}",
+            [small],
+            extra,
+            [activated],
         )
         consumer = self._consumer(index + 1)
-        return self._add_norm(f"{name}.down", layer.down, plan.down, layer.output_norm, consumer, stream, activated.name)
+        return self._add_norm(
+            f"{name}.down", layer.down, plan.down, layer.output_norm, consumer, stream, activated.name
+        )
 
     def _add_norm(
         self,
@@ -199,7 +227,9 @@ class _Lowering:
         """One kernel for `parts`, their outputs concatenated; part i's real result is divided by divisors[i]."""
         quantization = _input(parts[0])
         if any(part.input != quantization for part in parts):
-            raise InvalidModel(f"{name}: {', '.join(part.name for part in parts)} read differently quantised inputs; they must share one")
+            raise InvalidModel(
+                f"{name}: {', '.join(part.name for part in parts)} read differently quantised inputs; they must share one"
+            )
         weight = np.concatenate([part.weight for part in parts]).astype(np.int8)
         # in float64: each constant is rounded once
         scale = np.concatenate([_scale(part) * quantization.scale / d for part, d in zip(parts, divisors, strict=True)])
@@ -218,12 +248,13 @@ class _Lowering:
             "bias": bias.astype(np.float32),
         }
         self.program.call(
+            name.split(".")[-1],
             (dataclasses.replace(workload, density=100), epilogue),
             lambda: linear(workload, epilogue),
             [*x, *self.program.add_parameters(name, arrays), *extra],
             results,
         )
-        self.reports.append(KernelReport(name, (n, k), plan.block, density, plan.family, plan.reason, workload.key()))
+        self.reports.append(KernelReport(name, (n, k), plan.block, density, plan.reason, workload))
 
     def _head(self, stream: str) -> list[Output]:
         """Append the head's kernels; returns the module's outputs."""
@@ -236,7 +267,7 @@ class _Lowering:
         if head.kind == "none":
             pooled = Value("sentence_embedding", (sequences, hidden), "float32")
             pool = workload("mean_pool", hidden)
-            program.call((pool,), lambda: mean_pool(pool), [stream, "offsets"], [pooled])
+            program.call("mean_pool", (pool,), lambda: mean_pool(pool), [stream, "offsets"], [pooled])
             return [Output(stream, "token", hidden), Output(pooled.name, "sequence", hidden)]
         if head.projection is None:
             raise InvalidModel(f"a {head.kind} head needs a projection")
@@ -248,7 +279,11 @@ class _Lowering:
             logits = Value("logits", (sequences, width), "float32")
             sequence = workload("sequence_head", width, activation or "")
             program.call(
-                (sequence,), lambda: sequence_head(sequence, activation), [stream, "offsets", *before, *names], [logits]
+                "head",
+                (sequence,),
+                lambda: sequence_head(sequence, activation),
+                [stream, "offsets", *before, *names],
+                [logits],
             )
             return [Output("logits", "sequence", width)]
         split = head.kind == "question_answering"
@@ -256,7 +291,7 @@ class _Lowering:
         each = 1 if split else width
         token = workload("token_head", width)
         results = [Value(label, (groups, GROUP, each), "float32") for label in labels]
-        program.call((token, split), lambda: token_head(token, split), [stream, *names], results)
+        program.call("head", (token, split), lambda: token_head(token, split), [stream, *names], results)
         return [Output(label, "token", each, squeeze=split) for label in labels]
 
 

@@ -53,14 +53,14 @@ class Program:
         self.parameters.update(zip(names, arrays.values(), strict=True))
         return names
 
-    def call(self, key: Any, make: Callable[[], Any], arguments: Sequence[str], results: Sequence[Value]) -> None:
-        """Call the kernel of `key`, made by `make` on first use."""
+    def call(
+        self, hint: str, key: Any, make: Callable[[], Any], arguments: Sequence[str], results: Sequence[Value]
+    ) -> None:
+        """Call the kernel of `key`, made by `make` on first use and named after `hint`."""
         if key not in self._kernels:
-            func = make()
             taken = {name for name, _ in self._kernels.values()}
-            hint = func.attrs["global_symbol"] if "global_symbol" in (func.attrs or {}) else key[0].op
-            name = next(n for n in (f"{hint}_{i}" for i in range(len(taken) + 1)) if n not in taken)
-            self._kernels[key] = (name, func)
+            name = next(n for n in (hint, *(f"{hint}_{i}" for i in range(2, len(taken) + 2))) if n not in taken)
+            self._kernels[key] = (name, make())
         self._calls.append(Call(self._kernels[key][0], tuple(arguments), tuple(results)))
 
     def to_relax(self, inputs: Sequence[str], outputs: Sequence[str], max_tokens: int) -> tvm.IRModule:

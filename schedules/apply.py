@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import tvm
@@ -16,7 +17,7 @@ from tilewright.schedules.elementwise import (
     schedule_sequence_head,
     schedule_token_head,
 )
-from tilewright.schedules.linear import schedule_linear
+from tilewright.schedules.linear import default_decisions, schedule_linear
 
 RULES: dict[str, Callable[[Schedule, Workload], None]] = {
     "linear": schedule_linear,
@@ -48,3 +49,9 @@ def schedule(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     sch = Schedule(tvm.IRModule({"main": func}))
     RULES[workload.op](sch, workload)
     return trim_sparse_axis(sch.mod["main"])
+
+
+def describe(workload: Workload) -> str:
+    """The decisions a linear kernel was scheduled with, for the manifest."""
+    decisions = dataclasses.asdict(default_decisions(workload))
+    return "default " + " ".join(f"{name}={value}" for name, value in decisions.items())

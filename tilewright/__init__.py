@@ -9,11 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilewright.compiler import Artifact, compile
     from tilewright.engine import Engine, load
 
-__all__ = ["Engine", "load"]
+__all__ = ["Artifact", "Engine", "compile", "load"]
 
-_HOMES = {"Engine": "tilewright.engine", "load": "tilewright.engine"}
+_HOMES = {
+    "Artifact": "tilewright.compiler",
+    "Engine": "tilewright.engine",
+    "compile": "tilewright.compiler",
+    "load": "tilewright.engine",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,11 @@ class Output:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """How one Linear [N, K] = [out, in] was compiled, and the tuning record its schedule came from, if any."""
+    """How one Linear [N, K] = [out, in] was compiled, and the tuning record its schedule came from, if any.
+
+    block: as stored. density: share of weights in stored blocks. kernel: the workload's key. note: why a sparse block
+    that was found is stored otherwise.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -56,6 +60,7 @@ class LayerRecord:
     kernel: str
     schedule: str
     record: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,12 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
 
     @T.prim_func(s_tir=True)
     def attention(
-        query_: T.handle, key_: T.handle, value_: T.handle, offsets_: T.handle, quant: T.Buffer((3,), "float32"), context_: T.handle
+        query_: T.handle,
+        key_: T.handle,
+        value_: T.handle,
+        offsets_: T.handle,
+        quant: T.Buffer((3,), "float32"),
+        context_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
         groups = T.int32()
@@ -140,9 +145,9 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                         for i, p in T.grid(GROUP, pack):
                                             with T.sblock("context_dot"):
                                                 vi, vp = T.axis.remap("SR", [i, p])
-                                                tile[vc, vi] = tile[vc, vi] + T.cast(weights[pair, vi, vp], "int32") * T.cast(
-                                                    value[channel, token // GROUP, token % GROUP + vp], "int32"
-                                                )
+                                                tile[vc, vi] = tile[vc, vi] + T.cast(
+                                                    weights[pair, vi, vp], "int32"
+                                                ) * T.cast(value[channel, token // GROUP, token % GROUP + vp], "int32")
                             for c in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     context[at(consumer, group, i, head * channels + block * TILE + c)] = T.Select(

@@ -117,9 +117,9 @@ def mean_pool(workload: Workload) -> tvm.tirx.PrimFunc:
                     embedding[vb, c] = TS.float32(0.0)
                 for token in TS.serial(offsets[vb + 1] - offsets[vb]):
                     for c in TS.serial(hidden):
-                        embedding[vb, c] = embedding[vb, c] + stream[
-                            (offsets[vb] + token) // GROUP, (offsets[vb] + token) % GROUP, c
-                        ]
+                        embedding[vb, c] = (
+                            embedding[vb, c] + stream[(offsets[vb] + token) // GROUP, (offsets[vb] + token) % GROUP, c]
+                        )
                 for c in TS.serial(hidden):
                     embedding[vb, c] = embedding[vb, c] / TS.cast(offsets[vb + 1] - offsets[vb], "float32")
 

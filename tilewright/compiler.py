@@ -1,0 +1,130 @@
+"""`compile`: the one place that strings the stages together, from a checkpoint to an artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tilewright import frontend
+from tilewright.codegen.artifact import check_output, sha256, write_artifact
+from tilewright.codegen.build import build
+from tilewright.codegen.lower import Lowered, lower
+from tilewright.codegen.model import EncoderModel
+from tilewright.cpu import cpu_features
+from tilewright.manifest import LayerRecord, Limits, Manifest, Output, RequiredIsa
+from tilewright.schedules.apply import ApplySchedules, describe
+from tilewright.schedules.blocks import plan
+from tilewright.schedules.isa import Isa, resolve
+
+_CHECKPOINT = {".onnx", ".safetensors", ".json"}
+STAGES = ("load", "lower", "schedule", "build", "write")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk: its directory and what is in it."""
+
+    path: Path
+    manifest: Manifest
+
+
+def compile(  # noqa: A001 - the public verb, as in torch.compile
+    model_path: str | Path | EncoderModel,
+    target: str = "native",
+    output: str | Path = "model.tw",
+    *,
+    max_tokens: int = 4096,
+    overwrite: bool = True,
+    progress: Progress = lambda stage: None,
+) -> Artifact:
+    """Compile a quantised checkpoint (or an EncoderModel) into the artifact directory `output`.
+
+    target: `native`, an ISA level (portable, avx2, avx512vnni) or an LLVM CPU name; compiling for another CPU works anywhere.
+    max_tokens: tokens one run of the module may hold; the engine splits larger batches, so it bounds memory, not batches.
+    progress: called with each name of STAGES as the stage begins.
+    Raises a TilewrightError with a one-line message; nothing is left at `output` then.
+    """
+    isa = resolve(target, cpu_features())
+    check_output(output, overwrite=overwrite)
+    progress("load")
+    model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path)
+    progress("lower")
+    lowered = lower(model, plan(model, isa), max_tokens)
+    progress("schedule")
+    module = ApplySchedules()(lowered.module)
+    with tempfile.TemporaryDirectory(prefix="tilewright-") as scratch:
+        library = Path(scratch) / "model.so"
+        progress("build")
+        build(module, isa.target(), library)
+        progress("write")
+        manifest = _manifest(
+            model, isa, lowered, _provenance(model_path, model, {"target": target, "max_tokens": max_tokens})
+        )
+        manifest = write_artifact(
+            output,
+            library=library,
+            weights=lowered.parameters,
+            manifest=manifest,
+            tokenizer=model.tokenizer,
+            overwrite=overwrite,
+        )
+    return Artifact(Path(output), manifest)
+
+
+def _manifest(model: EncoderModel, isa: Isa, lowered: Lowered, provenance: dict[str, Any]) -> Manifest:
+    config, types = model.config, model.embeddings.token_type
+    records = tuple(
+        LayerRecord(
+            name=kernel.name,
+            shape=kernel.shape,
+            block=kernel.block,
+            density=kernel.density,
+            kernel=kernel.workload.key(),
+            schedule=describe(kernel.workload),
+            note=kernel.reason,
+        )
+        for kernel in lowered.kernels
+    )
+    return Manifest(
+        isa=RequiredIsa(isa.name, isa.features),
+        inputs=("input_ids", "attention_mask", "token_type_ids")
+        if types is not None
+        else ("input_ids", "attention_mask"),
+        outputs=tuple(Output(**dataclasses.asdict(output)) for output in lowered.outputs),
+        limits=Limits(
+            vocab_size=config.vocab_size,
+            max_positions=config.max_positions,
+            max_tokens=lowered.max_tokens,
+            token_types=1 if types is None else len(types),
+        ),
+        layers=records,
+        architecture=config.architecture,
+        labels=config.labels,
+        provenance=provenance,
+    )
+
+
+def _provenance(source: str | Path | EncoderModel, model: EncoderModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """The steps that led to the artifact: those recorded beside the checkpoint, then this one."""
+    step: dict[str, Any] = {
+        "step": "compile",
+        "settings": settings,
+        "notes": list(model.notes),
+        "versions": {name: version(name) for name in ("tilewright", "apache-tvm", "apache-tvm-ffi", "numpy")},
+    }
+    earlier: list[Any] = []
+    if not isinstance(source, EncoderModel):
+        path = Path(source)
+        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in _CHECKPOINT)
+        step["input_sha256"] = {file.name: sha256(file) for file in files}
+        recorded = path / "provenance.json"
+        if recorded.is_file():
+            earlier = json.loads(recorded.read_text("utf-8")).get("steps", [])
+    return {"steps": [*earlier, step]}
