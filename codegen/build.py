@@ -34,6 +34,4 @@ def build(module: tvm.IRModule, target: Target, library: Path) -> None:
     try:
         executable.export_library(str(library))
     except RuntimeError as error:
-        raise TilewrightError(
-            f"linking {library.name} failed ({str(error).splitlines()[0]}); is gcc installed?"
-        ) from error
+        raise TilewrightError(f"linking {library.name} failed ({str(error).splitlines()[0]}); is gcc installed?") from error

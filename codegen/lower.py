@@ -64,9 +64,7 @@ def lower(model: EncoderModel, plan: Plan, max_tokens: int = 4096) -> Lowered:
     """
     config = model.config
     if not model.quantized:
-        raise InvalidModel(
-            "cannot compile a float model; quantise it first: tilewright quantize MODEL --texts FILE -o OUT"
-        )
+        raise InvalidModel("cannot compile a float model; quantise it first: tilewright quantize MODEL --texts FILE -o OUT")
     if config.hidden_size % VECTOR or config.intermediate_size % VECTOR or config.head_dim % 4:
         raise UnsupportedModel(
             f"hidden size {config.hidden_size}, intermediate size {config.intermediate_size} and head size "
@@ -89,9 +87,7 @@ class _Lowering:
         self.reports: list[KernelReport] = []
 
     def run(self) -> Lowered:
-        inputs = ["input_ids", "position_ids"] + (
-            ["token_type_ids"] if self.model.embeddings.token_type is not None else []
-        )
+        inputs = ["input_ids", "position_ids"] + (["token_type_ids"] if self.model.embeddings.token_type is not None else [])
         stream, small = self._embedding(inputs)
         for index, (layer, plan) in enumerate(zip(self.model.layers, self.plan.layers, strict=True)):
             stream, small = self._layer(index, layer, plan, stream, small)
@@ -193,9 +189,7 @@ class _Lowering:
             [activated],
         )
         consumer = self._consumer(index + 1)
-        return self._add_norm(
-            f"{name}.down", layer.down, plan.down, layer.output_norm, consumer, stream, activated.name
-        )
+        return self._add_norm(f"{name}.down", layer.down, plan.down, layer.output_norm, consumer, stream, activated.name)
 
     def _add_norm(
         self,

@@ -22,10 +22,10 @@ class PackedLinear:
     stored: weights inside kept blocks (padding not counted).
     """
 
-    weight: Array
-    index: Array | None
-    indptr: Array | None
     stored: int
+    weight: Array
+    index: Array | None = None
+    indptr: Array | None = None
 
     def arguments(self) -> dict[str, Array]:
         """Name to array, in the kernel's order."""
@@ -40,7 +40,7 @@ def pack_linear(workload: Workload, weight: NDArray[np.int8]) -> PackedLinear:
     if workload.block is None:
         width = row_block(workload)
         packed = weight.reshape(n // width, width, k // pack, pack).transpose(0, 2, 1, 3)
-        return PackedLinear(np.ascontiguousarray(packed[:, :, None]), None, None, weight.size)
+        return PackedLinear(weight.size, np.ascontiguousarray(packed[:, :, None]))
     matrix = BlockSparseMatrix.from_dense(weight, workload.block)
     if k // workload.block[1] > np.iinfo(np.uint16).max:
         raise UnsupportedModel(f"linear {n}x{k} has more block columns than a 16-bit index holds (65535)")
@@ -53,7 +53,7 @@ def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     bn, bk = matrix.block
     weight = matrix.data.reshape(-1, bn, bk // pack, pack).transpose(0, 2, 1, 3)
     index, indptr = matrix.indices.astype(np.uint16), matrix.indptr.astype(np.int32)
-    return PackedLinear(*_never_empty(weight, index), indptr, matrix.data.size)
+    return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr)
 
 
 def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
@@ -70,9 +70,11 @@ def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     weight[target] = matrix.data[:, :, 0]
     index[target] = matrix.indices
     weight = weight.reshape(-1, pack, bn).transpose(0, 2, 1)
-    return PackedLinear(*_never_empty(weight, index.reshape(-1, pack)), indptr.astype(np.int32), matrix.data.size)
+    return PackedLinear(matrix.data.size, *_never_empty(weight, index.reshape(-1, pack)), indptr.astype(np.int32))
 
 
-def _never_empty(*arrays: Array) -> tuple[Array, ...]:
+def _never_empty(weight: Array, index: Array) -> tuple[Array, Array]:
     """One entry that no kernel reads where a matrix has none: an empty array has no address to pass."""
-    return tuple(np.ascontiguousarray(a if len(a) else np.zeros((1, *a.shape[1:]), a.dtype)) for a in arrays)
+    if len(index):
+        return np.ascontiguousarray(weight), index
+    return np.zeros((1, *weight.shape[1:]), weight.dtype), np.zeros((1, *index.shape[1:]), index.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,15 +47,13 @@ class Program:
     _kernels: dict[Any, tuple[str, tvm.tirx.PrimFunc]] = field(default_factory=dict)
     _calls: list[Call] = field(default_factory=list)
 
-    def add_parameters(self, prefix: str, arrays: dict[str, Array]) -> list[str]:
+    def add_parameters(self, prefix: str, arrays: Mapping[str, Array]) -> list[str]:
         """Add weights under `prefix.name`; returns their full names in order."""
         names = [f"{prefix}.{name}" for name in arrays]
         self.parameters.update(zip(names, arrays.values(), strict=True))
         return names
 
-    def call(
-        self, hint: str, key: Any, make: Callable[[], Any], arguments: Sequence[str], results: Sequence[Value]
-    ) -> None:
+    def call(self, hint: str, key: Any, make: Callable[[], Any], arguments: Sequence[str], results: Sequence[Value]) -> None:
         """Call the kernel of `key`, made by `make` on first use and named after `hint`."""
         if key not in self._kernels:
             taken = {name for name, _ in self._kernels.values()}

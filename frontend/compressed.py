@@ -37,9 +37,7 @@ def int8_linear(checkpoint: Checkpoint, name: str, n: int, k: int, notes: list[s
         weight = np.maximum(weight, np.int8(-127))
     scale = checkpoint.floats(f"{name}.weight_scale").reshape(-1)
     if scale.size not in (1, n):
-        raise InvalidModel(
-            f"tensor {name}.weight_scale has {scale.size} values, expected 1 or {n}: per-channel scales only"
-        )
+        raise InvalidModel(f"tensor {name}.weight_scale has {scale.size} values, expected 1 or {n}: per-channel scales only")
     if (scale <= 0).any():
         raise InvalidModel(f"tensor {name}.weight_scale holds a scale that is not positive")
     return Linear(

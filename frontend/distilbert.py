@@ -34,9 +34,7 @@ DISTILBERT = Family(
         "DistilBertModel": HeadNames("none"),
         "DistilBertForQuestionAnswering": HeadNames("question_answering", "qa_outputs"),
         "DistilBertForTokenClassification": HeadNames("token_classification", "classifier"),
-        "DistilBertForSequenceClassification": HeadNames(
-            "sequence_classification", "classifier", "pre_classifier", "relu"
-        ),
+        "DistilBertForSequenceClassification": HeadNames("sequence_classification", "classifier", "pre_classifier", "relu"),
         "DistilBertForMaskedLM": HeadNames("none", unused=("vocab_*",)),
     },
     unused=("embeddings.position_ids",),

@@ -92,13 +92,10 @@ class _Reader:
     def layer(self, prefix: str) -> Layer:
         family, hidden, wide = self.family, self.config.hidden_size, self.config.intermediate_size
         query, key, value, output = (
-            self.linear(prefix + name, hidden, hidden)
-            for name in (family.query, family.key, family.value, family.output)
+            self.linear(prefix + name, hidden, hidden) for name in (family.query, family.key, family.value, family.output)
         )
         if not query.input == key.input == value.input:
-            raise InvalidModel(
-                f"{prefix}{family.attention}: query, key and value must share one input scale and zero point"
-            )
+            raise InvalidModel(f"{prefix}{family.attention}: query, key and value must share one input scale and zero point")
         scales = [
             positive(self.checkpoint, f"{prefix}{family.attention}.{operand}_scale") if self.quantized else None
             for operand in "qkv"

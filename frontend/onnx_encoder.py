@@ -84,9 +84,7 @@ class _LayerReader:
         where = f"layer {index}"
         start, middle, end = stream
         up, down = self._feed_forward(middle, end, where, f"layer.{index}.ffn")
-        return Layer(
-            self._attention(start, middle, where, f"layer.{index}.attention"), attention_norm, up, down, output_norm
-        )
+        return Layer(self._attention(start, middle, where, f"layer.{index}.attention"), attention_norm, up, down, output_norm)
 
     def _attention(self, start: str, end: str, where: str, name: str) -> Attention:
         output = self._residual(start, end, f"{where} output")
@@ -126,9 +124,7 @@ class _LayerReader:
         self.walker.notes.drop(inner.pairs, f"{where} activation")
         found = self.walker.product(inner.values["x"], f"{where} up")
         if found is None or found[1] or not self._same(found[0].x, start):
-            raise UnsupportedModel(
-                f"{where} up is not a Linear of the attention's output; supported: BERT-like encoders"
-            )
+            raise UnsupportedModel(f"{where} up is not a Linear of the attention's output; supported: BERT-like encoders")
         up = self.walker.linear(found[0], f"{name}.up", f"{where} up")
         return up, self.walker.linear(down, f"{name}.down", f"{where} down")
 
@@ -167,9 +163,7 @@ def _embeddings(walker: Walker, value: str, norm: LayerNorm) -> Embeddings:
         node = graph.node(term)
         table = graph.constant(node.inputs[0]) if node is not None and node.op == "Gather" else None
         if node is None or table is None or table.ndim != 2:
-            raise UnsupportedModel(
-                "the embeddings are not a sum of table rows; supported: word, position and token type"
-            )
+            raise UnsupportedModel("the embeddings are not a sum of table rows; supported: word, position and token type")
         walker.notes.drop(graph.source(term)[1], "embeddings")
         table = np.ascontiguousarray(table, np.float32)
         index = list(graph.ancestors(node.inputs[1], through_shape=False))
@@ -216,9 +210,7 @@ def _check_uniform(layers: tuple[Layer, ...]) -> None:
             states[linear.name] = linear.quantized
     if len(set(states.values())) > 1:
         missing = next(name for name, quantized in states.items() if not quantized)
-        raise UnsupportedModel(
-            f"{missing} is not quantised but other parts are; quantise every Linear and attention operand"
-        )
+        raise UnsupportedModel(f"{missing} is not quantised but other parts are; quantise every Linear and attention operand")
 
 
 def _check_shapes(layers: tuple[Layer, ...], hidden: int) -> None:

@@ -123,9 +123,7 @@ class Graph:
         if node is None or node.op not in (*_PASS, "Transpose"):
             return None
         inner = self.constant(node.inputs[0])
-        return (
-            np.transpose(inner, node.attributes.get("perm")) if node.op == "Transpose" and inner is not None else inner
-        )
+        return np.transpose(inner, node.attributes.get("perm")) if node.op == "Transpose" and inner is not None else inner
 
     def scalar(self, value: str) -> float | None:
         """Value of a constant with one element, or None."""
@@ -176,9 +174,7 @@ class Graph:
                 raise UnsupportedModel(f"{node.op} of {quantize.inputs[0]} is per channel; activations are per tensor")
             parameters.append((float(scale.reshape(())), int(zero_point.reshape(()))))
         if parameters[0] != parameters[1]:
-            raise InvalidModel(
-                f"QuantizeLinear and DequantizeLinear of {quantize.inputs[0]} differ in scale or zero point"
-            )
+            raise InvalidModel(f"QuantizeLinear and DequantizeLinear of {quantize.inputs[0]} differ in scale or zero point")
         scale_value, zero_point_value = parameters[0]
         offset = 128 if self._quantized_type(quantize) == np.int8 else 0
         producer = self.producers.get(quantize.inputs[0])

@@ -44,9 +44,7 @@ class Notes:
     def drop(self, pairs: tuple[Pair, ...], where: str) -> None:
         """Record that the values at `where`, such as "layer 0 query", stay float32 although `pairs` quantise them."""
         for pair in pairs:
-            self.dropped[_KINDS.get(pair.producer, f"{pair.producer} outputs (they stay float32)")][where].add(
-                pair.output
-            )
+            self.dropped[_KINDS.get(pair.producer, f"{pair.producer} outputs (they stay float32)")][where].add(pair.output)
 
     def report(self) -> tuple[str, ...]:
         """One line per kind of value, then the free text."""
@@ -169,9 +167,7 @@ class Walker:
         values = constant.values if transposed else constant.values.T
         axis = constant.axis if transposed else 1 - constant.axis
         if constant.scale.size > 1 and axis != 0:
-            raise UnsupportedModel(
-                f"{where}: the weight is quantised per input channel; use per tensor or per output channel"
-            )
+            raise UnsupportedModel(f"{where}: the weight is quantised per input channel; use per tensor or per output channel")
         values = values - constant.zero_point.reshape(-1, 1)
         scale = np.ascontiguousarray(np.broadcast_to(constant.scale.reshape(-1), len(values)))
         if values.min() >= -127 and values.max() <= 127:

@@ -148,9 +148,7 @@ _POLYNOMIAL = Either(
 ACTIVATIONS: Mapping[Activation, Pattern] = {
     "relu": op("Relu", X),
     # before "gelu", whose operator matches with any attributes
-    "gelu_tanh": Either(
-        (Op("Gelu", (X,), {"approximate": b"tanh"}), product(X, _HALF, total(_ONE, op("Tanh", _POLYNOMIAL))))
-    ),
+    "gelu_tanh": Either((Op("Gelu", (X,), {"approximate": b"tanh"}), product(X, _HALF, total(_ONE, op("Tanh", _POLYNOMIAL))))),
     "gelu": Either((op("Gelu", X), product(X, _HALF, total(_ONE, _ERF)))),
 }
 """Each binds x."""

@@ -55,9 +55,7 @@ class Checkpoint:
         """Take the only element of tensor `name`; raises InvalidModel if it has another number or is not finite."""
         tensor = self.floats(name) if self._is_float(name) else self._take(name, ())
         if tensor.size != 1:
-            raise InvalidModel(
-                f"tensor {name} has shape {list(tensor.shape)}, expected one value: per-tensor scales only"
-            )
+            raise InvalidModel(f"tensor {name} has shape {list(tensor.shape)}, expected one value: per-tensor scales only")
         return float(tensor.reshape(()))
 
     def ignore(self, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -109,9 +107,7 @@ def read_safetensors(paths: Iterable[Path], prefix: str) -> Checkpoint:
         try:
             entries = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # not annotated there
         except (safetensors.SafetensorError, OSError) as error:
-            raise InvalidModel(
-                f"{path} is not a complete safetensors file: {_one_line(error)}; copy it again"
-            ) from None
+            raise InvalidModel(f"{path} is not a complete safetensors file: {_one_line(error)}; copy it again") from None
         for stored, entry in entries:
             # gamma and beta are how checkpoints converted from TensorFlow call a LayerNorm's weight and bias
             name = stored.removeprefix(prefix).replace("LayerNorm.gamma", "LayerNorm.weight")

@@ -36,9 +36,7 @@ def write_checkpoint(model: EncoderModel, path: Path) -> None:
 def _check_expressible(model: EncoderModel, family: Family) -> None:
     head = _head_names(model, family)
     if (model.head.pre is None, model.head.pre_activation) != (head.pre is None, head.pre_activation):
-        raise UnsupportedModel(
-            f"{family.model_type} cannot store this {head.kind} head; quantise the Hugging Face checkpoint"
-        )
+        raise UnsupportedModel(f"{family.model_type} cannot store this {head.kind} head; quantise the Hugging Face checkpoint")
     norms = [model.embeddings.norm, *(n for layer in model.layers for n in (layer.attention_norm, layer.output_norm))]
     found = {float(np.float32(norm.eps)) for norm in norms}
     if len(found) > 1 or not (family.settings.layer_norm_eps or found == {float(np.float32(1e-12))}):

@@ -77,6 +77,4 @@ def _linear(x: Tensor, linear: Linear) -> Tensor:
 
 
 def _norm(x: Tensor, norm: LayerNorm) -> Tensor:
-    return functional.layer_norm(
-        x, x.shape[-1:], torch.from_numpy(norm.weight), torch.from_numpy(norm.bias), eps=norm.eps
-    )
+    return functional.layer_norm(x, x.shape[-1:], torch.from_numpy(norm.weight), torch.from_numpy(norm.bias), eps=norm.eps)

@@ -80,9 +80,7 @@ def quantize_linear(linear: Linear, activation: Quantization) -> Linear:
 
 def _layer(layer: Layer, index: int, ranges: Mapping[str, Range]) -> Layer:
     attention = layer.attention
-    shared, context, up, down = (
-        asymmetric(ranges[f"{index}.{name}.input"]) for name in ("attention", "output", "up", "down")
-    )
+    shared, context, up, down = (asymmetric(ranges[f"{index}.{name}.input"]) for name in ("attention", "output", "up", "down"))
     return replace(
         layer,
         attention=replace(

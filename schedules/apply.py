@@ -30,17 +30,17 @@ RULES: dict[str, Callable[[Schedule, Workload], None]] = {
 """Op of a workload to the rule that schedules it."""
 
 
-@tvm.transform.module_pass(opt_level=0, name="tilewright.schedule")
-class ApplySchedules:
-    """Schedule every PrimFunc that carries a workload; others are left as they are."""
+def apply(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with every PrimFunc that carries a workload scheduled; others are left as they are."""
 
-    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        """The scheduled module."""
+    def transform(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         scheduled = tvm.IRModule(mod.functions, attrs=mod.attrs)
         for symbol, func in mod.functions.items():
             if ATTRIBUTE in (func.attrs or {}):
                 scheduled[symbol] = schedule(func)
         return scheduled
+
+    return tvm.transform.module_pass(transform, opt_level=0, name="tilewright.schedule")(module)
 
 
 def schedule(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:

@@ -66,9 +66,7 @@ def activate(x: Array, kind: Activation) -> Array:
     if kind == "relu":
         return np.maximum(x, 0)
     if kind == "gelu_tanh":
-        return (
-            np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
-        )
+        return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
     return np.float32(0.5) * x * (1 + torch.erf(torch.from_numpy(x / np.float32(math.sqrt(2)))).numpy())
 
 

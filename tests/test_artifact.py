@@ -29,11 +29,7 @@ def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) ->
     path.write_text(json.dumps(value))
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 9), max_size=3).map(tuple)), min_size=1, max_size=8
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 9), max_size=3).map(tuple)), min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
 def test_weights_round_trip_aligned_and_readable_by_safetensors(
     tmp_path_factory: pytest.TempPathFactory, specs: list[tuple[str, tuple[int, ...]]]

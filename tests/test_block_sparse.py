@@ -46,9 +46,7 @@ def test_a_block_that_does_not_divide_is_refused() -> None:
 @pytest.mark.parametrize("block", BLOCK_SHAPES)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), density=st.floats(0.05, 0.4), rounded_to_zero=st.booleans())
-def test_detect_finds_the_pruned_block(
-    block: tuple[int, int], seed: int, density: float, rounded_to_zero: bool
-) -> None:
+def test_detect_finds_the_pruned_block(block: tuple[int, int], seed: int, density: float, rounded_to_zero: bool) -> None:
     random = np.random.default_rng(seed)
     shape = (128, 128)
     keep = random.random((shape[0] // block[0], shape[1] // block[1])) < density

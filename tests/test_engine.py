@@ -50,9 +50,7 @@ def check(outputs: dict[str, np.ndarray], batch: Sequences, mask: np.ndarray) ->
 
 @given(sequences, st.none() | st.integers(0, 9))
 @settings(max_examples=100, deadline=None)
-def test_any_batch_gives_each_sequence_its_own_results(
-    engine: tilewright.Engine, batch: Sequences, seed: int | None
-) -> None:
+def test_any_batch_gives_each_sequence_its_own_results(engine: tilewright.Engine, batch: Sequences, seed: int | None) -> None:
     ids, mask = pad(batch, seed)
     check(engine(ids, mask), batch, mask)
 

@@ -273,9 +273,7 @@ def test_without_the_onnx_package(qdq: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_frontend_imports_no_heavy_package() -> None:
-    code = (
-        "import sys, tilewright.frontend; sys.exit(bool({'onnx', 'torch', 'transformers', 'tvm'} & set(sys.modules)))"
-    )
+    code = "import sys, tilewright.frontend; sys.exit(bool({'onnx', 'torch', 'transformers', 'tvm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -27,9 +27,7 @@ def build(name: str, seed: int = 0, **settings: object) -> torch.nn.Module:
         sizes = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_attention_heads": HEADS}
         sizes["num_hidden_layers"] = LAYERS
         kind = transformers.BertConfig
-    config = kind(
-        vocab_size=VOCAB, max_position_embeddings=POSITIONS, attn_implementation="eager", **(sizes | settings)
-    )
+    config = kind(vocab_size=VOCAB, max_position_embeddings=POSITIONS, attn_implementation="eager", **(sizes | settings))
     if "Classification" in name:
         config.num_labels = LABELS
     torch.manual_seed(seed)

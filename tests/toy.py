@@ -123,9 +123,7 @@ def write(path: Path, library: Path, manifest: Manifest = MANIFEST) -> Path:
     """Write the toy's artifact."""
     from tilewright.codegen.artifact import write_artifact
 
-    write_artifact(
-        path, library=library, weights={"shift": SHIFT, "table": TABLE}, manifest=manifest, tokenizer=TOKENIZER
-    )
+    write_artifact(path, library=library, weights={"shift": SHIFT, "table": TABLE}, manifest=manifest, tokenizer=TOKENIZER)
     return path
 
 

@@ -18,7 +18,7 @@ from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel
 from tilewright.cpu import cpu_features
 from tilewright.manifest import LayerRecord, Limits, Manifest, Output, RequiredIsa
-from tilewright.schedules.apply import ApplySchedules, describe
+from tilewright.schedules.apply import apply, describe
 from tilewright.schedules.blocks import plan
 from tilewright.schedules.isa import Isa, resolve
 
@@ -35,7 +35,7 @@ class Artifact:
     manifest: Manifest
 
 
-def compile(  # noqa: A001 - the public verb, as in torch.compile
+def compile(
     model_path: str | Path | EncoderModel,
     target: str = "native",
     output: str | Path = "model.tw",
@@ -58,15 +58,13 @@ def compile(  # noqa: A001 - the public verb, as in torch.compile
     progress("lower")
     lowered = lower(model, plan(model, isa), max_tokens)
     progress("schedule")
-    module = ApplySchedules()(lowered.module)
+    module = apply(lowered.module)
     with tempfile.TemporaryDirectory(prefix="tilewright-") as scratch:
         library = Path(scratch) / "model.so"
         progress("build")
         build(module, isa.target(), library)
         progress("write")
-        manifest = _manifest(
-            model, isa, lowered, _provenance(model_path, model, {"target": target, "max_tokens": max_tokens})
-        )
+        manifest = _manifest(model, isa, lowered, _provenance(model_path, model, {"target": target, "max_tokens": max_tokens}))
         manifest = write_artifact(
             output,
             library=library,
@@ -94,9 +92,7 @@ def _manifest(model: EncoderModel, isa: Isa, lowered: Lowered, provenance: dict[
     )
     return Manifest(
         isa=RequiredIsa(isa.name, isa.features),
-        inputs=("input_ids", "attention_mask", "token_type_ids")
-        if types is not None
-        else ("input_ids", "attention_mask"),
+        inputs=("input_ids", "attention_mask", "token_type_ids") if types is not None else ("input_ids", "attention_mask"),
         outputs=tuple(Output(**dataclasses.asdict(output)) for output in lowered.outputs),
         limits=Limits(
             vocab_size=config.vocab_size,

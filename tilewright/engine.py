@@ -74,9 +74,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             with (directory / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InvalidArtifact(
-                f"{directory / name} cannot be read ({error.strerror}); copy the artifact again"
-            ) from None
+            raise InvalidArtifact(f"{directory / name} cannot be read ({error.strerror}); copy the artifact again") from None
         if found != expected:
             raise InvalidArtifact(
                 f"{directory / name} was altered: its sha256 is {found[:12]}..., the manifest says {expected[:12]}...; "
@@ -102,17 +100,14 @@ class Engine:
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """What a call takes."""
-        return tuple(
-            TensorInfo(name, "int64", ("batch", "seq"), optional=name != "input_ids") for name in self.manifest.inputs
-        )
+        return tuple(TensorInfo(name, "int64", ("batch", "seq"), optional=name != "input_ids") for name in self.manifest.inputs)
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
         """What a call returns."""
         axes: dict[str, tuple[str, ...]] = {"token": ("batch", "seq"), "sequence": ("batch",)}
         return tuple(
-            TensorInfo(o.name, "float32", axes[o.per] if o.squeeze else (*axes[o.per], o.width))
-            for o in self.manifest.outputs
+            TensorInfo(o.name, "float32", axes[o.per] if o.squeeze else (*axes[o.per], o.width)) for o in self.manifest.outputs
         )
 
     def __call__(

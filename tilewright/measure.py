@@ -47,9 +47,7 @@ class KernelClock:
 
     def summary(self, runs: int, run_seconds: float) -> tuple[KernelTime, ...]:
         """Means over `runs`, the largest first, then what `run_seconds`, one run without recording, leaves over."""
-        times = [
-            KernelTime(name, calls // runs, self._seconds[name] / runs * 1e6) for name, calls in self._calls.items()
-        ]
+        times = [KernelTime(name, calls // runs, self._seconds[name] / runs * 1e6) for name, calls in self._calls.items()]
         times.sort(key=lambda kernel: -kernel.microseconds)
         rest = run_seconds * 1e6 - sum(kernel.microseconds for kernel in times)
         return (*times, KernelTime("other", 1, max(rest, 0.0)))

@@ -108,9 +108,7 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                             for j in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     scores[block * TILE + j, i] = tile[j, i]
-                                    largest[i] = T.max(
-                                        largest[i], T.Select(block * TILE + j < length, tile[j, i], LOWEST)
-                                    )
+                                    largest[i] = T.max(largest[i], T.Select(block * TILE + j < length, tile[j, i], LOWEST))
                         # weights, zero past the last key so that whole packs can be multiplied
                         for i in T.vectorized(GROUP):
                             total[i] = 0
@@ -145,9 +143,9 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                         for i, p in T.grid(GROUP, pack):
                                             with T.sblock("context_dot"):
                                                 vi, vp = T.axis.remap("SR", [i, p])
-                                                tile[vc, vi] = tile[vc, vi] + T.cast(
-                                                    weights[pair, vi, vp], "int32"
-                                                ) * T.cast(value[channel, token // GROUP, token % GROUP + vp], "int32")
+                                                tile[vc, vi] = tile[vc, vi] + T.cast(weights[pair, vi, vp], "int32") * T.cast(
+                                                    value[channel, token // GROUP, token % GROUP + vp], "int32"
+                                                )
                             for c in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     context[at(consumer, group, i, head * channels + block * TILE + c)] = T.Select(

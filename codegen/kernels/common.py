@@ -24,11 +24,10 @@ def at(layout: Layout, group: Expr, token: Expr, channel: Expr) -> list[Expr]:
 
 def prim_func(workload: Workload, body: Callable[[], None]) -> tvm.tirx.PrimFunc:
     """Run `body` inside a new PrimFunc tagged with `workload`; `body` declares arguments with `arg`."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(workload.op)
-            T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
-            body()
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(workload.op)
+        T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
+        body()
     return builder.get()
 
 

@@ -8,7 +8,7 @@ Reads of `index` and `indptr` are left out of the product's declared reads: tens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import tvm
 from tvm import tirx
@@ -72,10 +72,11 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
     """
 
     def body() -> None:
+        assert workload.family is not None
         groups = tirx.Var("G", "int32")
-        layout = FAMILY_LAYOUT[workload.family]  # type: ignore[index]  # None only for other ops
+        layout = FAMILY_LAYOUT[workload.family]
         x = arg("x", at(layout, groups, GROUP, workload.k), workload.operands.activation)
-        acc = _PRODUCTS[workload.family](workload, x, groups)  # type: ignore[index]
+        acc = _PRODUCTS[workload.family](workload, x, groups)
         fold = arg("fold", [workload.n], "int32")
         scale = arg("scale", [workload.n], "float32")
         bias = arg("bias", [workload.n], "float32")
@@ -104,7 +105,8 @@ def _product_row(workload: Workload, x: Any, groups: Expr) -> Any:
     if workload.block is None:
         inner, entries = pack, workload.k // pack
         weight = arg("weight", [blocks, entries, 1, width, pack], "int8")
-        index = indptr = None
+        index: Any = None
+        indptr: Any = None
     else:
         inner, entries = workload.block[1], workload.k // workload.block[1]
         weight, index, indptr = _sparse_args([inner // pack, width, pack], [], blocks, "int8")
@@ -212,7 +214,6 @@ def _epilogue_add_norm(workload: Workload, epilogue: AddNorm, axes: dict[str, Ex
     norm_stages(pre, groups, hidden, norm, workload.operands, args, outputs)
 
 
-EpilogueName = Literal["qkv", "activate", "add_norm", "raw"]
 _EPILOGUES: dict[type, Any] = {
     Raw: _epilogue_raw,
     Qkv: _epilogue_qkv,
