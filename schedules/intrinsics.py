@@ -63,15 +63,18 @@ class IntrinSpec:
 def _madd(spec: IntrinSpec, acc: Any, vector: Any, scalar: Any) -> Any:
     """pmaddwd and paddd: a pair of s16 products cannot exceed s32 unless all four factors are -32768."""
     wide = tirx.Cast(f"int16x{spec.step * 2}", vector) if spec.vector == "int8" else vector
-    intrinsic = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd"}[spec.step]
-    return acc + tirx.call_llvm_pure_intrin(f"int32x{spec.step}", intrinsic, wide, scalar)
+    names = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+    return acc + tirx.call_llvm_pure_intrin(f"int32x{spec.step}", names[spec.step], wide, scalar)
 
 
 def _vpdpbusd(spec: IntrinSpec, acc: Any, vector: Any, scalar: Any) -> Any:
-    """vpdpbusd: four u8 x s8 products and the accumulator summed in s32 without saturation. The u8 operand comes first."""
+    """vpdpbusd: four u8 x s8 products and the accumulator summed in s32 without saturation. The u8 operand comes first.
+
+    LLVM has one intrinsic per width; it encodes the 256-bit one as VEX where the CPU has avxvnni but no AVX-512.
+    """
     operands = (vector, scalar) if spec.vector == "uint8" else (scalar, vector)
     signed = (tirx.reinterpret(f"int8x{spec.step * 4}", operand) for operand in operands)
-    return tirx.call_llvm_pure_intrin(f"int32x{spec.step}", "llvm.x86.avx512.vpdpbusd.512", acc, *signed)
+    return tirx.call_llvm_pure_intrin(f"int32x{spec.step}", f"llvm.x86.avx512.vpdpbusd.{spec.step * 32}", acc, *signed)
 
 
 _S16, _S8, _U8 = (-32767, 32767), (-128, 127), (0, 255)
@@ -83,6 +86,11 @@ INTRINSICS: dict[str, IntrinSpec] = {
         IntrinSpec("portable", "outputs", "int8", "int16", 8, 2, 4, _madd, _S8, _S16),
         IntrinSpec("avx2", "tokens", "int16", "int16", GROUP, 2, 8, _madd, _S16, _S16),
         IntrinSpec("avx2", "outputs", "int8", "int16", 8, 2, 8, _madd, _S8, _S16),
+        IntrinSpec("avxvnni", "tokens", "uint8", "int8", GROUP, 4, 8, _vpdpbusd, _U8, _S8),
+        IntrinSpec("avxvnni", "tokens", "int8", "uint8", GROUP, 4, 8, _vpdpbusd, _S8, _U8),
+        IntrinSpec("avxvnni", "outputs", "int8", "uint8", 8, 4, 8, _vpdpbusd, _S8, _U8),
+        IntrinSpec("avx512", "tokens", "int16", "int16", GROUP, 2, 16, _madd, _S16, _S16),
+        IntrinSpec("avx512", "outputs", "int8", "int16", 16, 2, 16, _madd, _S8, _S16),
         IntrinSpec("avx512vnni", "tokens", "uint8", "int8", GROUP, 4, 16, _vpdpbusd, _U8, _S8),
         IntrinSpec("avx512vnni", "tokens", "int8", "uint8", GROUP, 4, 16, _vpdpbusd, _S8, _U8),
         IntrinSpec("avx512vnni", "outputs", "int8", "uint8", 16, 4, 16, _vpdpbusd, _S8, _U8),

@@ -1,10 +1,12 @@
 """ISA levels as a table: what a level needs from the CPU, how it stores operands, how wide its vectors are.
 
-Which CPU has which feature is asked of LLVM (`tvm.target.codegen`); nothing here lists a CPU's features by hand.
+Which CPU has which feature is asked of LLVM (`tvm.target.codegen`); nothing here lists a CPU's features by hand. What is
+listed is which LLVM CPU stands behind the names that people know: cloud instances and the model names of processors.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from tvm.target import Target
@@ -12,6 +14,8 @@ from tvm.target import codegen as llvm
 
 from tilewright.codegen.workload import INT8_QUADS, INT16_PAIRS, Operands
 from tilewright.errors import InvalidInput
+
+_X86 = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Isa:
 
     def target(self) -> Target:
         """The TVM target of the level."""
-        config: dict[str, object] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.mcpu}
+        config: dict[str, object] = {**_X86, "mcpu": self.mcpu}
         if self.attributes:
             config["mattr"] = [f"+{name}" for name in self.attributes]
         return Target(config)
@@ -46,14 +50,72 @@ ISAS: dict[str, Isa] = {
     for isa in (
         Isa("portable", "x86-64", (), (), 4, INT16_PAIRS),
         Isa("avx2", "x86-64-v3", (), _AVX2, 8, INT16_PAIRS),
+        Isa("avxvnni", "x86-64-v3", ("avxvnni",), (*_AVX2, "avxvnni"), 8, INT8_QUADS),
+        Isa("avx512", "x86-64-v4", (), _AVX512, 16, INT16_PAIRS),
         Isa("avx512vnni", "x86-64-v4", ("avx512vnni",), (*_AVX512, "avx512vnni"), 16, INT8_QUADS),
     )
 }
-"""Levels from the least to the most capable."""
+"""Levels from the least to the most capable; a CPU runs the last one whose features it has."""
+
+CLOUD: dict[str, str] = {
+    "c5": "skylake-avx512",
+    "c6i": "icelake-server",
+    "c7i": "sapphirerapids",
+    "c8i": "graniterapids",
+    "c5a": "znver2",
+    "c6a": "znver3",
+    "c7a": "znver4",
+    "c8a": "znver5",
+    "m5": "skylake-avx512",
+    "m6i": "icelake-server",
+    "m7i": "sapphirerapids",
+    "m8i": "graniterapids",
+    "m6a": "znver3",
+    "m7a": "znver4",
+    "m8a": "znver5",
+    "c2": "cascadelake",
+    "c3": "sapphirerapids",
+    "c3d": "znver4",
+    "c4d": "znver5",
+}
+"""Instance families of AWS (c5 to m8a) and Google Cloud (c2 to c4d): the oldest CPU that the provider may hand out."""
+
+MODELS: tuple[tuple[str, str], ...] = (
+    (r"xeon (bronze|silver|gold|platinum) \d1\d\d[a-z]*", "skylake-avx512"),
+    (r"xeon (bronze|silver|gold|platinum) \d2\d\d[a-z]*", "cascadelake"),
+    (r"xeon (gold|platinum) \d3\d\dhl?", "cooperlake"),
+    (r"xeon (silver|gold|platinum) \d3\d\d[a-z]*", "icelake-server"),
+    (r"xeon (bronze|silver|gold|platinum|max) \d4\d\d[a-z]*", "sapphirerapids"),
+    (r"xeon (bronze|silver|gold|platinum) \d5\d\d[a-z]*", "emeraldrapids"),
+    (r"xeon 6[3579]\d\dp([-+][a-z]*)?", "graniterapids"),
+    (r"xeon 6[79]\d\de([-+][a-z]*)?", "sierraforest"),
+    (r"epyc 7[\da-z]\d1[a-z]*", "znver1"),
+    (r"epyc 7([\da-z]\d2|r32)[a-z]*", "znver2"),
+    (r"epyc 7([\da-z]\d3|r13)[a-z]*", "znver3"),
+    (r"epyc [89]([\da-z]\d4|r14)[a-z]*", "znver4"),
+    (r"epyc 9([\da-z]\d5|r45)[a-z]*", "znver5"),
+)
+"""Model names of server processors, as `lscpu` prints them less decoration, to LLVM CPUs.
+
+Source: the vendors' numbering. The second digit of a Xeon Scalable's number is its generation; the last of an EPYC's is.
+"""
+
+
+def llvm_cpu(name: str) -> str | None:
+    """The LLVM CPU behind `name`: a cloud instance type or family, a processor's model name, or an LLVM name itself."""
+    plain = re.sub(r"\((r|tm)\)|\b(intel|amd|cpu|processor)\b|@.*|\b\d+-core\b", " ", name.lower())
+    plain = " ".join(plain.split())
+    if re.fullmatch(r"\w+\.\w+", plain):
+        plain = plain.split(".")[0]  # c6i.12xlarge
+    for pattern, cpu in MODELS:
+        if re.fullmatch(pattern, plain):
+            return cpu
+    known = {str(cpu) for cpu in llvm.llvm_get_cpu_archlist(Target(_X86))}
+    return CLOUD.get(plain) or (name if name in known else None)
 
 
 def resolve(name: str, host_features: frozenset[str]) -> Isa:
-    """The level for target `name`: an entry of ISAS, an LLVM CPU name, or `native` for a host with `host_features`.
+    """The level for target `name`: an entry of ISAS, what `llvm_cpu` knows, or `native` for a host with `host_features`.
 
     Raises InvalidInput for any other name.
     """
@@ -61,9 +123,12 @@ def resolve(name: str, host_features: frozenset[str]) -> Isa:
         return ISAS[name]
     if name == "native":
         return [isa for isa in ISAS.values() if host_features.issuperset(isa.features)][-1]
-    x86 = Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu"})
-    if name not in {str(cpu) for cpu in llvm.llvm_get_cpu_archlist(x86)}:
+    cpu = llvm_cpu(name)
+    if cpu is None:
         levels = ", ".join(["native", *ISAS])
-        raise InvalidInput(f"unknown target {name!r}; choose {levels} or an LLVM CPU such as icelake-server or znver3")
-    cpu = Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": name})
-    return [isa for isa in ISAS.values() if llvm.target_has_features(list(isa.features), cpu)][-1]
+        raise InvalidInput(
+            f"unknown target {name!r}; choose {levels}, an LLVM CPU such as icelake-server or znver3, an instance type "
+            f"({', '.join(CLOUD)}) or a model name such as 'Xeon Platinum 8375C'"
+        )
+    target = Target({**_X86, "mcpu": cpu})
+    return [isa for isa in ISAS.values() if llvm.target_has_features(list(isa.features), target)][-1]
