@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import BlockSparseMatrix
-from tilewright.codegen.kernels.linear import row_block
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.kernels.linear import INDEX_BYTES, row_block
+from tilewright.codegen.workload import GROUP, Workload
 from tilewright.errors import UnsupportedModel
 
 Array = NDArray[np.generic]
@@ -42,9 +42,14 @@ def pack_linear(workload: Workload, weight: NDArray[np.int8]) -> PackedLinear:
         packed = weight.reshape(n // width, width, k // pack, pack).transpose(0, 2, 1, 3)
         return PackedLinear(weight.size, np.ascontiguousarray(packed[:, :, None]))
     matrix = BlockSparseMatrix.from_dense(weight, workload.block)
-    if k // workload.block[1] > np.iinfo(np.uint16).max:
-        raise UnsupportedModel(f"linear {n}x{k} has more block columns than a 16-bit index holds (65535)")
     return (_pack_row if workload.family == "row" else _pack_gather)(workload, matrix)
+
+
+def _index(values: NDArray[np.integer], matrix: BlockSparseMatrix) -> NDArray[np.uint16]:
+    if values.max(initial=0) > np.iinfo(np.uint16).max:
+        n, k = matrix.shape
+        raise UnsupportedModel(f"linear {n}x{k}: {k} inputs are more than a 16-bit index reaches; compile it as dense")
+    return values.astype(np.uint16)
 
 
 def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
@@ -52,7 +57,7 @@ def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     pack = workload.operands.pack
     bn, bk = matrix.block
     weight = matrix.data.reshape(-1, bn, bk // pack, pack).transpose(0, 2, 1, 3)
-    index, indptr = matrix.indices.astype(np.uint16), matrix.indptr.astype(np.int32)
+    index, indptr = _index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
     return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr)
 
 
@@ -66,11 +71,12 @@ def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     # position of every block in the padded sequence
     target = np.arange(len(matrix.indices)) + np.repeat(indptr[:-1] * pack - matrix.indptr[:-1], counts)
     weight = np.zeros((indptr[-1] * pack, bn), workload.operands.weight)
-    index = np.zeros(indptr[-1] * pack, np.uint16)
+    index = np.zeros(indptr[-1] * pack, np.int64)
     weight[target] = matrix.data[:, :, 0]
     index[target] = matrix.indices
+    index *= GROUP * np.dtype(workload.operands.activation).itemsize // INDEX_BYTES
     weight = weight.reshape(-1, pack, bn).transpose(0, 2, 1)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, index.reshape(-1, pack)), indptr.astype(np.int32))
+    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix).reshape(-1, pack)), indptr.astype(np.int32))
 
 
 def _never_empty(weight: Array, index: Array) -> tuple[Array, Array]:

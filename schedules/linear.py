@@ -79,9 +79,6 @@ def _schedule_gather(sch: Schedule, workload: Workload, decisions: LinearDecisio
     init = sch.decompose_reduction(product, e)
     sch.tensorize(t, intrinsic(workload.isa, "tokens", workload.operands.activation).name)
     sch.unroll(ni)
-    p, lanes = sch.get_loops(sch.get_sblock("gather"))[-2:]
-    sch.unroll(p)
-    sch.vectorize(lanes)
     for block in (init, epilogue):
         outputs, lanes = sch.get_loops(block)[-2:]
         sch.unroll(outputs)

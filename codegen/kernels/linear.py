@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, quantize, scratch, stage, store
@@ -63,6 +63,10 @@ DENSE_ROW_BLOCKS: tuple[int, ...] = (48, 32, 24, 16, 8)
 """Outputs that a dense `row` kernel keeps together, widest first; one must divide N."""
 
 
+INDEX_BYTES = 8
+"""A gathered row's index is its offset in units of this many bytes: the largest scale an x86 address can apply for free."""
+
+
 def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
     """The kernel of `workload`.
 
@@ -83,7 +87,7 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
         width = row_block(workload)
 
         def integer(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
-            tile = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, t]
+            tile = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, _lane_of(workload.operands.pack, t)]
             return tile + fold[nb * width + ni]
 
         def real(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
@@ -124,16 +128,25 @@ def _product_row(workload: Workload, x: Any, groups: Expr) -> Any:
 
 
 def _product_gather(workload: Workload, x: Any, groups: Expr) -> Any:
-    """acc[g, nb, ni, t] over weight[entries, bn, pack] and index u16[entries, pack]: `pack` rows of x are interleaved first."""
+    """acc[g, nb, ni, lane] over weight[entries, bn, pack] and index u16[entries, pack]: `pack` rows of x are interleaved first.
+
+    The interleaved tokens stand in the order of `_LANES`. Rows are interleaved as whole vectors, because a row is chosen at
+    run time and tensorize matches no buffer region that is.
+    """
     pack, width = workload.operands.pack, row_block(workload)
     blocks, entries = workload.n // width, -(-workload.k // pack)
     weight, index, indptr = _sparse_args([width, pack], [pack], blocks, workload.operands.weight)
     gathered = scratch("gathered", [groups, blocks, entries, GROUP, pack], workload.operands.activation)
     acc = scratch("acc", [groups, blocks, width, GROUP], "int32")
-    with stage("gather", {"g": groups, "nb": blocks, "e": entries, "p": pack, "t": GROUP}) as (g, nb, e, p, t):
-        T.reads(x[g, 0 : workload.k, t], index[indptr[nb] + e, p])
-        T.writes(gathered[g, nb, e, t, p])
-        store(gathered, x[g, T.cast(index[indptr[nb] + e, p], "int32"), t], [g, nb, e, t, p])
+    order = [GROUP * p + token for token in _LANES[pack] for p in range(pack)]
+    # the unit axes t and p carry the written region, which compute_at has to find in terms of axes
+    with stage("gather", {"g": groups, "nb": blocks, "e": entries, "t": 1, "p": 1}) as (g, nb, e, t, p):
+        T.reads(x[g, 0 : workload.k, 0:GROUP], index[indptr[nb] + e, 0:pack])
+        T.writes(gathered[g, nb, e, t * GROUP : t * GROUP + GROUP, p * pack : p * pack + pack])
+        unit = INDEX_BYTES * 8 // DataType(workload.operands.activation).bits
+        offsets = [T.cast(index[indptr[nb] + e, column], "int64") * unit for column in range(pack)]
+        rows = [x.vload([g, 0, offset], f"{workload.operands.activation}x{GROUP}") for offset in offsets]
+        store(gathered, tirx.Shuffle(rows, order), [g, nb, e, 0, tirx.Ramp(0, 1, GROUP * pack)])
     spatial = {"g": groups, "nb": blocks, "ni": width, "t": GROUP}
     with stage("product", spatial, {"e": entries, "ki": pack}) as (g, nb, ni, t, e, ki):
         _multiply_add(acc, [g, nb, ni, t], gathered[g, nb, e, t, ki], weight[indptr[nb] + e, ni, ki])
@@ -141,6 +154,19 @@ def _product_gather(workload: Workload, x: Any, groups: Expr) -> Any:
 
 
 _PRODUCTS = {"row": _product_row, "gather": _product_gather}
+
+
+_LANES = {
+    # vpunpck works within 128-bit halves: quads of tokens 0, 2 and 1, 3 come out together
+    2: [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15],
+    4: list(range(GROUP)),
+}
+"""Pack to the token of each lane of an interleaved group."""
+
+
+def _lane_of(pack: int, token: Expr) -> Expr:
+    """The lane of `token`: the inverse of _LANES, which for pairs swaps the two middle quads."""
+    return token % 8 // 4 * 8 + token // 8 * 4 + token % 4 if pack == 2 else token
 
 
 def _sparse_args(entry: list[int], index: list[int], blocks: int, dtype: str) -> tuple[Any, Any, Any]:
