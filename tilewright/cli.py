@@ -1,0 +1,71 @@
+"""The `tilewright` command: its verbs, and how errors reach the user."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tilewright.commands import benchmark, compile, hardware, inspect, quantize, run
+from tilewright.commands.output import fail
+from tilewright.errors import TilewrightError
+
+_EXTRAS = {"onnx": "pipeline", "torch": "pipeline", "transformers": "pipeline", "onnxruntime": "bench"}
+"""Optional package to the extra that installs it."""
+
+
+class _Verbs(TyperGroup):
+    """Turns what a user can cause into one line on stderr and an exit status; anything else is a bug with a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TilewrightError as error:
+            raise fail(str(error), error.exit_code) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRAS:
+                raise
+            raise fail(f"this needs the package {package}; pip install 'tilewright[{_EXTRAS[package]}]'", 3) from None
+        except BrokenPipeError:  # the reader of our output left, as `head` does
+            raise
+        except OSError as error:
+            raise fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2) from None
+
+
+app = typer.Typer(
+    name="tilewright",
+    cls=_Verbs,
+    help="Compile compressed transformer encoders (block-sparse, INT8) into fast modules for x86 CPUs, and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("inspect")(inspect.inspect)
+app.command("quantize")(quantize.quantize)
+app.command("compile")(compile.compile)
+app.command("run")(run.run)
+app.command("benchmark")(benchmark.benchmark)
+app.command("check-hardware")(hardware.check_hardware)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tilewright {version('tilewright')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; exits with 0, 2 (usage or bad input), 3 (unsupported), 4 (artifact unusable) or 130 (Ctrl-C)."""
+    app()

@@ -1,0 +1,111 @@
+"""`tilewright inspect`: what is in a model and what would run sparse."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tilewright.commands.output import Json, block_name, print_json, print_note, stdout, table
+
+if TYPE_CHECKING:
+    from tilewright.codegen.plan import LayerPlan, LinearPlan
+    from tilewright.frontend import ModelReport
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory or ONNX file.")],
+    target: Annotated[str, typer.Option(help="ISA level or LLVM CPU name to plan for.")] = "native",
+    as_json: Json = False,
+) -> None:
+    """Show a model's layers, their density per block shape, and the kernel each would run with."""
+    from tilewright import frontend
+    from tilewright.cpu import cpu_features
+    from tilewright.schedules.blocks import plan
+    from tilewright.schedules.isa import resolve
+
+    isa = resolve(target, cpu_features())
+    loaded = frontend.load(model)
+    report = frontend.report(loaded)
+    plans = [linear for layer in plan(loaded, isa).layers for linear in _per_linear(layer)]
+    if as_json:
+        print_json(_as_json(model, isa.name, report, plans))
+    else:
+        _print(model, isa.name, report, plans)
+
+
+def _per_linear(layer: LayerPlan) -> tuple[LinearPlan, ...]:
+    """The plan of each of a layer's six Linears, of which query, key and value share one kernel."""
+    return layer.qkv, layer.qkv, layer.qkv, layer.output, layer.up, layer.down
+
+
+def _as_json(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) -> dict[str, Any]:
+    config = report.config
+    return {
+        "model": str(model),
+        "architecture": config.architecture,
+        "head": report.head,
+        "quantized": report.quantized,
+        "layers": report.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "max_positions": config.max_positions,
+        "activation": config.activation,
+        "labels": list(config.labels),
+        "isa": isa,
+        "linears": [
+            {
+                "name": linear.name,
+                "shape": list(linear.shape),
+                "dtype": linear.dtype,
+                "density": linear.density,
+                "block_density": {block_name(block): density for block, density in linear.block_density.items()},
+                "block": linear.block and list(linear.block),
+                "kernel": {"family": plan.family, "block": plan.block and list(plan.block), "note": plan.reason},
+            }
+            for linear, plan in zip(report.linears, plans, strict=True)
+        ],
+        "notes": list(report.notes),
+    }
+
+
+def _print(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) -> None:
+    config, console = report.config, stdout()
+    console.print(
+        f"{model}: {config.architecture}, {report.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
+        f"feed-forward {config.intermediate_size}, {config.activation}, vocabulary {config.vocab_size}, "
+        f"up to {config.max_positions} tokens, head: {report.head}, {'INT8' if report.quantized else 'float'}",
+        markup=False,
+    )
+    shapes = list(report.linears[0].block_density) if report.linears else []
+    parts = zip(*(linear.name.split(".") for linear in report.linears), strict=False)
+    prefix = "".join(f"{same[0]}." for same in takewhile(lambda names: len(set(names)) == 1, parts))
+    grid = table(prefix or "linear", "block", "kernel", "shape", "non-zero", *map(block_name, shapes), left=3)
+    for linear, plan in zip(report.linears, plans, strict=True):
+        grid.add_row(
+            linear.name.removeprefix(prefix),
+            block_name(linear.block),
+            f"{plan.family} {block_name(plan.block)}",
+            "x".join(map(str, linear.shape)),
+            _percent(linear.density),
+            *(_percent(linear.block_density[shape]) for shape in shapes),
+        )
+    console.print(grid)
+    sparse = sum(plan.block is not None for plan in plans)
+    console.print(
+        f"{sparse} of {len(plans)} linears would run sparse on {isa}; columns such as 4x1 give the share of non-zero blocks"
+    )
+    for reason in dict.fromkeys(plan.reason for plan in plans if plan.reason):
+        print_note(reason)
+    for note in report.notes:
+        print_note(note)
+    if not report.quantized:
+        print_note("the model is float; quantise it before compiling: tilewright quantize MODEL --texts FILE -o DIR")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"

@@ -1,0 +1,123 @@
+"""What a model's outputs mean: the answer, class, labels or embedding of each sequence, according to its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.manifest import Manifest
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+Array = NDArray[Any]
+Result = dict[str, Any]
+
+_LONGEST_ANSWER = 30  # tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence of a batch: the columns that hold its tokens, their ids and, if it came from text, how it was encoded."""
+
+    columns: NDArray[np.intp]
+    ids: list[int]
+    texts: tuple[str, ...] = ()
+    encoding: Encoding | None = None
+
+
+def kind_of(manifest: Manifest) -> str:
+    """The head, told by the outputs: one of the keys of READERS."""
+    per = {output.name: output.per for output in manifest.outputs}
+    if "start_logits" in per:
+        return "question_answering"
+    if "logits" in per:
+        return "token_classification" if per["logits"] == "token" else "sequence_classification"
+    return "embedding" if "sentence_embedding" in per else "raw"
+
+
+def read(manifest: Manifest, outputs: Mapping[str, Array], sequences: Sequence[Tokens]) -> list[Result]:
+    """One JSON-ready result per sequence."""
+    reader = READERS[kind_of(manifest)]
+    results = []
+    for row, sequence in enumerate(sequences):
+        own = {
+            output.name: outputs[output.name][row][sequence.columns] if output.per == "token" else outputs[output.name][row]
+            for output in manifest.outputs
+        }
+        given = {"texts": list(sequence.texts)} if sequence.texts else {}
+        results.append({**given, "tokens": len(sequence.ids), **reader(own, sequence, manifest.labels)})
+    return results
+
+
+def _label(labels: Sequence[str], index: int) -> str:
+    return labels[index] if index < len(labels) else f"LABEL_{index}"
+
+
+def _softmax(logits: Array) -> Array:
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+
+
+def _answer(outputs: Mapping[str, Array], sequence: Tokens, _: Sequence[str]) -> Result:
+    """The span with the largest sum of logits; of the second text, if there are two."""
+    starts, ends = outputs["start_logits"], outputs["end_logits"]
+    allowed = np.ones(len(starts), bool)
+    if sequence.encoding is not None:
+        wanted = len(sequence.texts) - 1
+        allowed = np.array([part == wanted for part in sequence.encoding.sequence_ids])
+        allowed = allowed if allowed.any() else np.ones(len(starts), bool)
+    spans = starts[:, None] + ends[None, :]
+    inside = np.triu(np.ones_like(spans, bool)) & ~np.triu(np.ones_like(spans, bool), _LONGEST_ANSWER)
+    spans = np.where(inside & allowed[:, None] & allowed[None, :], spans, -np.inf)
+    first, last = map(int, np.unravel_index(spans.argmax(), spans.shape))
+    probability = float(_softmax(starts)[first] * _softmax(ends)[last])
+    result: Result = {"start_token": first, "end_token": last, "probability": probability}
+    if sequence.encoding is not None:
+        begin, end = sequence.encoding.offsets[first][0], sequence.encoding.offsets[last][1]
+        result |= {"answer": sequence.texts[-1][begin:end], "start": begin, "end": end}
+    return result
+
+
+def _class(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Result:
+    probabilities = _softmax(outputs["logits"])
+    index = int(probabilities.argmax())
+    named = {_label(labels, i): float(p) for i, p in enumerate(probabilities)}
+    return {"label": _label(labels, index), "index": index, "probability": float(probabilities[index]), "probabilities": named}
+
+
+def _tags(outputs: Mapping[str, Array], sequence: Tokens, labels: Sequence[str]) -> Result:
+    probabilities = _softmax(outputs["logits"])
+    tags = []
+    for position, index in enumerate(map(int, probabilities.argmax(axis=-1))):
+        tag: Result = {"id": sequence.ids[position]}
+        if (encoding := sequence.encoding) is not None:
+            start, end = encoding.offsets[position]
+            special = bool(encoding.special_tokens_mask[position])
+            tag |= {"token": encoding.tokens[position], "start": start, "end": end, "special": special}
+        tags.append(
+            {**tag, "label": _label(labels, index), "index": index, "probability": float(probabilities[position, index])}
+        )
+    return {"labels": tags}
+
+
+def _embedding(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Result:
+    return {"embedding": outputs["sentence_embedding"].tolist()}
+
+
+def _raw(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Result:
+    return {name: array.tolist() for name, array in outputs.items()}
+
+
+READERS: dict[str, Callable[[Mapping[str, Array], Tokens, Sequence[str]], Result]] = {
+    "question_answering": _answer,
+    "sequence_classification": _class,
+    "token_classification": _tags,
+    "embedding": _embedding,
+    "raw": _raw,
+}
+"""Kind of head to the function that reads one sequence's outputs."""

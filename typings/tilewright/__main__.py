@@ -1,0 +1,1 @@
+../../tilewright/__main__.py
