@@ -40,7 +40,7 @@ def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
 
 def test_typings_links_match_the_package() -> None:
     typings = ROOT / "typings" / "tilewright"
-    expected = {package.rpartition(".")[2]: ROOT / folder for package, folder in FOLDERS.items() if package.count(".") == 1}
+    expected = {package.rpartition(".")[2]: ROOT / folder for package, folder in FOLDERS.items() if "." in package}
     for file in (ROOT / "tilewright").iterdir():
         if file.name == "py.typed" or file.suffix == ".py" or (file.is_dir() and file.name != "__pycache__"):
             expected[file.name] = file
