@@ -13,7 +13,7 @@ MAKE_VENV = $(PYTHON) -m venv $(1) 2>/dev/null || \
 .PHONY: quickstart test lint wheel smoke clean
 
 quickstart: $(VENV)/installed-quickstart
-	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python -m benchmarks.quickstart
 
 # pytest comes last, so that its summary closes the output
 test: lint smoke

@@ -106,6 +106,12 @@ def squad_sentences(count: int) -> list[str]:
     return [sentences[i * len(sentences) // count] for i in range(count)]
 
 
+def squad_contexts(count: int) -> list[str]:
+    """Pick `count` paragraphs, evenly spread over the training set: texts for calibration that no evaluation sees."""
+    contexts = [context for context, _ in _paragraphs(squad_train())]
+    return [contexts[i * len(contexts) // count] for i in range(count)]
+
+
 def squad_questions(count: int) -> list[SquadQuestion]:
     """Pick `count` questions whose context has several sentences, evenly spread over the development set."""
     questions = []
