@@ -52,7 +52,12 @@ def engines(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Engine],
     block = tuple(int(n) for n in args.block.split("x"))
     source = models.build(models.SIZES[args.model], block, args.sparsity, scratch / "float")
     onnx = models.export_onnx(source, scratch / "float.onnx")
-    quantize_dynamic(onnx, scratch / "dynamic.onnx", weight_type=QuantType.QInt8, extra_options={"DefaultTensorType": onnx_format.TensorProto.FLOAT})
+    quantize_dynamic(
+        onnx,
+        scratch / "dynamic.onnx",
+        weight_type=QuantType.QInt8,
+        extra_options={"DefaultTensorType": onnx_format.TensorProto.FLOAT},
+    )
     int8 = models.quantized(source, scratch / "int8")
     found: dict[str, Engine] = {
         "onnxruntime fp32": onnxruntime_engine(onnx, args.threads),
@@ -115,7 +120,9 @@ def machine() -> dict[str, str]:
     packages = ("tilewright", "apache-tvm", "onnxruntime", "numpy")
     return {
         "cpu": model[1] if model else platform.processor(),
-        "levels": ", ".join(sorted(f for f in cpu_features() if f in {"avx2", "avxvnni", "avx512bw", "avx512vnni", "amx-int8"})),
+        "levels": ", ".join(
+            sorted(f for f in cpu_features() if f in {"avx2", "avxvnni", "avx512bw", "avx512vnni", "amx-int8"})
+        ),
         "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{name} {version(name)}" for name in packages),
     }

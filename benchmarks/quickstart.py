@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 import tilewright
 from benchmarks import assets, exports
 from tilewright.baseline import OnnxRuntime, time_in_turns
@@ -99,7 +100,7 @@ def quickstart(output: Path) -> dict[str, Any]:
         "DistilBERT": {"source": size(tagger_file), "artifact": size(output / "distilbert.tw")},
         "MiniLM": {"source": size(minilm / "model.safetensors"), "artifact": size(output / "minilm.tw")},
     }
-    results = {
+    results: dict[str, Any] = {
         "isa": tagger.manifest.isa.name,
         "agreement": {**tagging, **embedding},
         "latency": latency,
@@ -128,7 +129,7 @@ def compare_tags(ours: tilewright.Engine, theirs: Run, sentences: list[str]) -> 
     for start in range(0, len(sentences), BATCH):
         inputs = ours.tokenize(sentences[start : start + BATCH])
         valid = inputs["attention_mask"].astype(bool)
-        found, expected = (run(**inputs)["logits"][valid] for run in runs)
+        found, expected = [run(**inputs)["logits"][valid] for run in runs]
         same.append(found.argmax(-1) == expected.argmax(-1))
         cosines.append(cosine(found, expected))
     return {"tags_equal": float(np.concatenate(same).mean()), "tag_logits_cosine": float(np.concatenate(cosines).mean())}
@@ -214,7 +215,7 @@ def show_examples(
 ) -> None:
     """Print what each model makes of one text: the tagger corrects grammar word by word, MiniLM finds answers."""
     names = json.loads(vocabulary.read_text(encoding="utf-8"))["tags"]
-    logits = tagger(**tagger.tokenize([_MISTAKE]))["logits"][0, 1:-1]
+    logits = tagger(**tagger.tokenize([MISTAKE]))["logits"][0, 1:-1]
     tags = [names[index] for index in logits.argmax(-1)]
     words = (word if tag == "$KEEP" else f"{word} [{tag}]" for word, tag in zip(MISTAKE.split(), tags, strict=True))
     console.print(f'DistilBERT on "{MISTAKE}":\n  {" ".join(words)}', markup=False)
