@@ -144,11 +144,11 @@ class _Lowering:
         program, config, name = self.program, self.config, f"layer{index}"
         hidden, attn = config.hidden_size, layer.attention
         qs, ks, vs = (_known(scale) for scale in (attn.query_scale, attn.key_scale, attn.value_scale))
-        padded, pack, operands = program.groups + 1, self.operands.pack, self.operands
+        groups, pack, operands = program.groups, self.operands.pack, self.operands
         qkv = [
-            Value(f"{name}.query", (hidden // pack, padded, GROUP, pack), operands.attention),
-            Value(f"{name}.key", (hidden // pack, padded, GROUP, pack), operands.key),
-            Value(f"{name}.value", (hidden, padded, GROUP), operands.attention),
+            Value(f"{name}.query", (groups, hidden // pack, GROUP, pack), operands.attention),
+            Value(f"{name}.key", (groups, hidden // pack, GROUP, pack), operands.key),
+            Value(f"{name}.value", (groups, hidden, GROUP), operands.attention),
         ]
         linears = (attn.query, attn.key, attn.value)
         self._linear(f"{name}.qkv", linears, (qs, ks, vs), plan.qkv, Qkv(), "qkv", [small], [], qkv)

@@ -67,6 +67,12 @@ def _outer(sch: Schedule, block: Any, groups: Any, blocks: Any, chunks: int) -> 
     return inner
 
 
+def _fuse_scatter(sch: Schedule, workload: Workload, loop: Any) -> None:
+    """Attach the second block of the qkv epilogue, which stores what the first quantised, at `loop`."""
+    if workload.epilogue == "qkv":
+        sch.reverse_compute_at(sch.get_sblock("scatter"), loop)
+
+
 def _schedule_gather(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
     product = sch.get_sblock("product")
     g, nb, ni, t, e, _ = sch.get_loops(product)
@@ -74,6 +80,7 @@ def _schedule_gather(sch: Schedule, workload: Workload, decisions: LinearDecisio
     sch.reorder(g, nb, e, ni, t)
     inner = _outer(sch, product, g, nb, decisions.chunks)
     sch.reverse_compute_at(epilogue, inner)
+    _fuse_scatter(sch, workload, inner)
     sch.compute_at(sch.get_sblock("gather"), e)
     sch.annotate(e, SPARSE_AXIS, "nb")
     init = sch.decompose_reduction(product, e)
@@ -101,6 +108,7 @@ def _schedule_row(sch: Schedule, workload: Workload, decisions: LinearDecisions)
     sch.reorder(g, nb, outer, e, kp, rows, vectors, lane, ki)
     _outer(sch, product, g, nb, decisions.chunks)
     sch.reverse_compute_at(epilogue, outer)
+    _fuse_scatter(sch, workload, outer)
     sch.annotate(e, SPARSE_AXIS, "nb")
     init = sch.decompose_reduction(product, e)
     sch.tensorize(lane, intrinsic(workload.isa, "outputs", "int8").name)

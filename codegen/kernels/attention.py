@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
+from tvm import tirx
 from tvm.script import tirx as T
 
 from tilewright.codegen.kernels.common import at, quantize
@@ -28,7 +29,7 @@ LOWEST = -(2**31)
 def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.tirx.PrimFunc:
     """context = softmax(q k^T) v for `n` heads of `k` channels each.
 
-    Arguments: query, key [H / pack, padded, 16, pack] and value [H, padded, 16] as the Qkv epilogue writes them, offsets
+    Arguments: query, key [G, H / pack, 16, pack] and value [G, H, 16] as the Qkv epilogue writes them, offsets
     i32[B + 1], quant f32[3] = (query scale * key scale / sqrt(k), value scale / context scale, context zero point);
     output: context u8 in the layout `consumer`, 0 in lanes of no sequence.
     Blocks `score` and `context` are dot products [16, pack] x [pack] -> s32[16] for tensorize.
@@ -36,10 +37,17 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
     heads, channels, operands = workload.n, workload.k, workload.operands
     pack, hidden, stored = operands.pack, workload.n * workload.k, operands.activation
     rows = channels // pack
-    positions = -(-max_positions // TILE) * TILE
+    positions = -(-max_positions // TILE) * TILE + TILE
 
     def probability(difference: Any, scale: Any) -> Any:
         return T.cast(nearbyint(exp(T.cast(difference, "float32") * scale) * T.float32(255.0)), "int32")
+
+    def own(token: Any, start: Any, end: Any) -> Any:
+        return T.And(token >= start, token < end)
+
+    def interleaved(tile: Any) -> Any:
+        rows = [tirx.Cast(f"{stored}x{GROUP}", tile.vload([p, 0], f"int32x{GROUP}")) for p in range(pack)]
+        return tirx.Shuffle(rows, [GROUP * p + i for i in range(GROUP) for p in range(pack)])
 
     def output(accumulator: Any, weight_sum: Any, scale: Any, zero_point: Any) -> Any:
         real = T.cast(accumulator, "float32") * scale / T.cast(weight_sum, "float32")
@@ -56,11 +64,10 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
     ):
         T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
         groups = T.int32()
-        padded = T.int32()
         ends = T.int32()
-        query = T.match_buffer(query_, (hidden // pack, padded, GROUP, pack), operands.attention)
-        key = T.match_buffer(key_, (hidden // pack, padded, GROUP, pack), operands.key)
-        value = T.match_buffer(value_, (hidden, padded, GROUP), operands.attention)
+        query = T.match_buffer(query_, (groups, hidden // pack, GROUP, pack), operands.attention)
+        key = T.match_buffer(key_, (groups, hidden // pack, GROUP, pack), operands.key)
+        value = T.match_buffer(value_, (groups, hidden, GROUP), operands.attention)
         offsets = T.match_buffer(offsets_, (ends,), "int32")
         context = T.match_buffer(context_, at(consumer, groups, GROUP, hidden), stored)
         for h, g in T.grid(heads, groups):
@@ -79,11 +86,13 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                 for b in T.serial(ends - 1):
                     if offsets[b + 1] > group * GROUP and offsets[b] < group * GROUP + GROUP:
                         start: T.let = offsets[b]
-                        length: T.let = offsets[b + 1] - offsets[b]
-                        # scores of whole key tiles; the largest counts true keys only
+                        end: T.let = offsets[b + 1]
+                        # whole tiles of keys from an aligned one on, so that no tile or pack straddles two groups
+                        first: T.let = start // TILE * TILE
+                        # scores of whole tiles; the largest counts the sequence's own keys only
                         for i in T.vectorized(GROUP):
                             largest[i] = LOWEST
-                        for block in T.serial(T.ceildiv(length, TILE)):
+                        for block in T.serial(T.ceildiv(end - first, TILE)):
                             for j in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     tile[j, i] = 0
@@ -92,64 +101,64 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                     with T.sblock("score"):
                                         vj = T.axis.spatial(TILE, j)
                                         row = T.axis.reduce(hidden // pack, head * rows + c)
-                                        token = T.axis.spatial(padded * GROUP, start + block * TILE + j)
+                                        token = T.axis.spatial(groups * GROUP, first + block * TILE + j)
                                         T.reads(
                                             tile[vj, 0:GROUP],
-                                            query[row, group, 0:GROUP, 0:pack],
-                                            key[row, token // GROUP, token % GROUP, 0:pack],
+                                            query[group, row, 0:GROUP, 0:pack],
+                                            key[token // GROUP, row, token % GROUP, 0:pack],
                                         )
                                         T.writes(tile[vj, 0:GROUP])
                                         for i, p in T.grid(GROUP, pack):
                                             with T.sblock("score_dot"):
                                                 vi, vp = T.axis.remap("SR", [i, p])
                                                 tile[vj, vi] = tile[vj, vi] + T.cast(
-                                                    query[row, group, vi, vp], "int32"
-                                                ) * T.cast(key[row, token // GROUP, token % GROUP, vp], "int32")
+                                                    query[group, row, vi, vp], "int32"
+                                                ) * T.cast(key[token // GROUP, row, token % GROUP, vp], "int32")
                             for j in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     scores[block * TILE + j, i] = tile[j, i]
-                                    largest[i] = T.max(largest[i], T.Select(block * TILE + j < length, tile[j, i], LOWEST))
-                        # weights, zero past the last key so that whole packs can be multiplied
+                                    largest[i] = T.max(largest[i], T.Select(own(first + block * TILE + j, start, end), tile[j, i], LOWEST))
+                        # weights, zero for keys of other sequences so that whole packs can be multiplied
                         for i in T.vectorized(GROUP):
                             total[i] = 0
-                        for block in T.serial(T.ceildiv(length, pack)):
+                        for block in T.serial(T.ceildiv(end - first, pack)):
                             for p in T.unroll(pack):
                                 for i in T.vectorized(GROUP):
-                                    tile[0, i] = T.Select(
-                                        block * pack + p < length,
+                                    tile[p, i] = T.Select(
+                                        own(first + block * pack + p, start, end),
                                         probability(scores[block * pack + p, i] - largest[i], quant[0]),
                                         0,
                                     )
                                 for i in T.vectorized(GROUP):
-                                    weights[block, i, p] = T.cast(tile[0, i], stored)
-                                    total[i] = total[i] + tile[0, i]
+                                    total[i] = total[i] + tile[p, i]
+                            weights[block, 0, T.ramp(0, 1, GROUP * pack)] = interleaved(tile)
                         for block in T.serial(channels // TILE):
                             for c in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     tile[c, i] = 0
-                            for j in T.serial(T.ceildiv(length, pack)):
+                            for j in T.serial(T.ceildiv(end - first, pack)):
                                 for c in T.unroll(TILE):
                                     with T.sblock("context"):
                                         vc = T.axis.spatial(TILE, c)
                                         channel = T.axis.spatial(hidden, head * channels + block * TILE + c)
                                         pair = T.axis.reduce(positions // pack, j)
-                                        token = T.axis.reduce(padded * GROUP, start + j * pack)
+                                        token = T.axis.reduce(groups * GROUP, first + j * pack)
                                         T.reads(
                                             tile[vc, 0:GROUP],
                                             weights[pair, 0:GROUP, 0:pack],
-                                            value[channel, token // GROUP, token % GROUP : token % GROUP + pack],
+                                            value[token // GROUP, channel, token % GROUP : token % GROUP + pack],
                                         )
                                         T.writes(tile[vc, 0:GROUP])
                                         for i, p in T.grid(GROUP, pack):
                                             with T.sblock("context_dot"):
                                                 vi, vp = T.axis.remap("SR", [i, p])
                                                 tile[vc, vi] = tile[vc, vi] + T.cast(weights[pair, vi, vp], "int32") * T.cast(
-                                                    value[channel, token // GROUP, token % GROUP + vp], "int32"
+                                                    value[token // GROUP, channel, token % GROUP + vp], "int32"
                                                 )
                             for c in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     context[at(consumer, group, i, head * channels + block * TILE + c)] = T.Select(
-                                        T.And(group * GROUP + i >= start, group * GROUP + i < start + length),
+                                        own(group * GROUP + i, start, end),
                                         output(tile[c, i], total[i], quant[1], quant[2]),
                                         context[at(consumer, group, i, head * channels + block * TILE + c)],
                                     )

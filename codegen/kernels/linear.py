@@ -17,15 +17,14 @@ from tvm.tirx.script import builder as T
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, quantize, scratch, stage, store
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
-from tilewright.codegen.workload import FAMILY_LAYOUT, Layout, Workload
+from tilewright.codegen.workload import FAMILY_LAYOUT, Layout, Operands, Workload
 
 
 @dataclass(frozen=True)
 class Qkv:
     """Epilogue: the concatenated q, k, v as attention wants them.
 
-    q, k: [H / pack, G + 1, 16, pack], neighbouring channels of a token adjacent. v: [H, G + 1, 16]. The last group is
-    never written; attention may read a few tokens past the end and discards what it finds.
+    q, k: [G, H / pack, 16, pack], neighbouring channels of a token adjacent. v: [G, H, 16].
     """
 
 
@@ -196,25 +195,57 @@ def _epilogue_raw(workload: Workload, _: Raw, axes: dict[str, Expr], value: Any,
 
 
 def _epilogue_qkv(workload: Workload, _: Qkv, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
-    operands, hidden = workload.operands, workload.n // 3
-    padded, pack = tirx.Var("padded", "int32"), operands.pack
-    query = arg("query", [hidden // pack, padded, GROUP, pack], operands.attention)
-    key = arg("key", [hidden // pack, padded, GROUP, pack], operands.key)
-    values = arg("value", [hidden, padded, GROUP], operands.attention)
+    """Two blocks: `epilogue` quantises to s8 in the order of the accumulators, `scatter` stores `pack` channels at a time.
+
+    Which of the three outputs a pack belongs to does not vary within it, because hidden is a multiple of pack.
+    """
+    operands, hidden, width = workload.operands, workload.n // 3, axes["ni"]
+    groups, pack = axes["g"], operands.pack
+    query = arg("query", [groups, hidden // pack, GROUP, pack], operands.attention)
+    key = arg("key", [groups, hidden // pack, GROUP, pack], operands.key)
+    values = arg("value", [groups, hidden, GROUP], operands.attention)
+    small = scratch("small", list(axes.values()), operands.attention)
     with stage("epilogue", axes) as variables:
-        axis = dict(zip(axes, variables, strict=True))
-        g, t, n = axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"]
-        real = value(**axis)
-        with T.If(n < hidden):
+        real = value(**dict(zip(axes, variables, strict=True)))
+        store(small, quantize(real, -127, 127, operands.attention), variables)
+
+    def put(first: Expr, g: Expr, t: Expr, packed: Expr, channels: list[Expr]) -> None:
+        """Store channels first .. first + pack: `packed` interleaved for q and k, `channels` one by one for v."""
+        lanes = len(channels) * DataType(str(channels[0].ty.dtype)).lanes
+        with T.If(first < hidden):
             with T.Then():
-                store(query, quantize(real, -127, 127, operands.attention), [n // pack, g, t, n % pack])
-            with T.Else(), T.If(n < 2 * hidden):
+                store(query, packed, [g, first // pack, t, tirx.Ramp(0, 1, lanes)])
+            with T.Else(), T.If(first < 2 * hidden):
                 with T.Then():
-                    c = n - hidden
-                    quantized = quantize(real, -127, 127, operands.key, offset=operands.key_offset)
-                    store(key, quantized, [c // pack, g, t, c % pack])
+                    store(key, _offset(packed, operands, lanes), [g, first // pack - hidden // pack, t, tirx.Ramp(0, 1, lanes)])
                 with T.Else():
-                    store(values, quantize(real, -127, 127, operands.attention), [n - 2 * hidden, g, t])
+                    for index, channel in enumerate(channels):
+                        last = t if lanes == pack else tirx.Ramp(0, 1, GROUP)
+                        store(values, channel, [g, first + index - 2 * hidden, last])
+
+    if layout == "columns":
+        order = [GROUP * p + token for token in range(GROUP) for p in range(pack)]
+        with stage("scatter", {"g": axes["g"], "nb": axes["nb"], "i": 1, "t": 1}) as (g, nb, i, t):
+            T.reads(small[g, nb, i * width : i * width + width, t * GROUP : t * GROUP + GROUP])
+            T.writes(query[g, :, :, :], key[g, :, :, :], values[g, :, :])
+            for first in range(0, width, pack):
+                rows = [small.vload([g, nb, first + p, 0], f"{operands.attention}x{GROUP}") for p in range(pack)]
+                put(nb * width + first, g, 0, tirx.Shuffle(rows, order), rows)
+    else:
+        with stage("scatter", {"g": axes["g"], "t": GROUP, "nb": axes["nb"], "i": 1}) as (g, t, nb, i):
+            T.reads(small[g, t, nb, i * width : i * width + width])
+            T.writes(query[g, :, t, :], key[g, :, t, :], values[g, :, t])
+            for first in range(0, width, pack):
+                packed = small.vload([g, t, nb, first], f"{operands.attention}x{pack}")
+                put(nb * width + first, g, t, packed, [small[g, t, nb, first + p] for p in range(pack)])
+
+
+def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
+    """`packed` s8 as the keys' dtype: adding 128 to a byte flips its highest bit."""
+    if not operands.key_offset:
+        return packed
+    flipped = tirx.reinterpret(f"{operands.key}x{lanes}", packed)
+    return tirx.bitwise_xor(flipped, tirx.Broadcast(tirx.const(operands.key_offset, operands.key), lanes))
 
 
 def _epilogue_activate(workload: Workload, epilogue: Activate, axes: dict[str, Expr], value: Any, _: Layout) -> None:

@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import register_op_attr
 from tvm.tirx.script import builder as T
 
 Expr = Any  # tirx.PrimExpr; TVM ships no type information
+
+
+# TVM marks round, floor and sqrt as vectorizable but not nearbyint, and would split every vector loop that rounds
+register_op_attr("tirx.nearbyint", "TVectorizable", True)
 
 
 def nearbyint(x: Expr) -> Expr:
