@@ -1,0 +1,177 @@
+"""Runs one kernel on NumPy arrays: compiled on its own from its unscheduled form, called by the names of its arguments.
+
+Also the layouts kernels read and write, as plain NumPy, and how to look at the assembly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+
+from tilewright.codegen.kernels.linear import Epilogue, linear
+from tilewright.codegen.packing import pack_linear
+from tilewright.codegen.workload import Family, Workload
+from tilewright.cpu import cpu_features
+from tilewright.schedules.apply import schedule
+from tilewright.schedules.isa import ISAS
+
+Array = NDArray[Any]
+Rule = Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc]
+GROUP = 16
+HOST = cpu_features()
+FAMILIES: list[tuple[Family, tuple[int, int] | None]] = [("gather", (4, 1)), ("row", (16, 4)), ("row", None)]
+EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+"""For property tests of compiled kernels; the first example compiles."""
+
+
+def runs_here(isa: str) -> bool:
+    """Whether this machine's CPU has what ISA level `isa` needs."""
+    return HOST.issuperset(ISAS[isa].features)
+
+
+def level(isa: str, *values: object) -> Any:
+    """Parameters (isa, *values) of a test that executes code of level `isa`: skipped where the CPU lacks it."""
+    name = "-".join([isa, *("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)])
+    marks = pytest.mark.skipif(not runs_here(isa), reason=f"this CPU has no {isa}")
+    return pytest.param(isa, *values, id=name, marks=marks)
+
+
+LEVELS = [level(isa) for isa in ISAS]
+
+
+def spread(cases: Sequence[tuple[Any, ...]], families: bool = False) -> list[Any]:
+    """`level` parameters of half of `cases` for each level, alternating, so that any two neighbouring levels cover all.
+
+    families: each case gets one of FAMILIES in front, in turn; the next level gives the case the next family.
+    """
+    parameters = []
+    for number, isa in enumerate(ISAS):
+        for index, case in enumerate(cases):
+            if index % 2 == number % 2:
+                family = FAMILIES[(index // 2 + number // 2) % len(FAMILIES)] if families else ()
+                parameters.append(level(isa, *family, *case))
+    return parameters
+
+
+class Kernel:
+    """A kernel scheduled by its rule, or by `rule`, and compiled for its level."""
+
+    def __init__(self, func: tvm.tirx.PrimFunc, isa: str, rule: Rule = schedule) -> None:
+        scheduled = rule(func).with_attr("global_symbol", "main")
+        self.arguments = {param.name: (param.shape, str(param.dtype)) for param in scheduled.params}
+        self._module = tvm.compile(tvm.IRModule({"main": scheduled}), target=ISAS[isa].target()).mod
+        self._run = self._module["main"]
+
+    def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """Outputs of the given shapes, which hold 0x55 in every byte where the kernel writes nothing."""
+        assert set(self.arguments) == {*inputs, *outputs}
+        tensors = {}
+        for name, (shape, dtype) in self.arguments.items():
+            if name in outputs:
+                array = np.full(tuple(outputs[name]), 0x55, np.uint8).repeat(np.dtype(dtype).itemsize, -1).view(dtype)
+            else:
+                array = inputs[name]
+            assert array.dtype == dtype, name
+            assert len(array.shape) == len(shape), name
+            tensors[name] = tvm.runtime.tensor(array)
+        self._run(*tensors.values())
+        return {name: tensors[name].numpy() for name in outputs}
+
+    @cached_property
+    def assembly(self) -> str:
+        """What LLVM generated."""
+        return str(self._module.inspect_source("asm"))
+
+
+class LinearKernel(Kernel):
+    """A linear kernel with its workload."""
+
+    def __init__(self, workload: Workload, epilogue: Epilogue, rule: Rule = schedule) -> None:
+        super().__init__(linear(workload, epilogue), workload.isa, rule)
+        self.workload = workload
+
+    def arrays(self, x: Array, weight: Array, **others: Array) -> dict[str, Array]:
+        """All inputs for activations x u8[T, K] and weight s8[N, K]; T is a multiple of 16, `others` are taken as they are."""
+        operands = self.workload.operands
+        layout = "rows" if self.workload.family == "row" else "columns"
+        return {
+            "x": to_groups(x.astype(operands.activation), layout),
+            **pack_linear(self.workload, weight).arguments(),
+            **others,
+        }
+
+
+@cache
+def linear_kernel(
+    isa: str, family: Family, block: tuple[int, int] | None, n: int, k: int, epilogue: Epilogue, residual: Any = None
+) -> LinearKernel:
+    """The compiled kernel, made once in a test run."""
+    label = type(epilogue).__name__.lower()  # the schedule of "qkv" has a step of its own
+    workload = Workload("linear", n, k, isa, ISAS[isa].operands, label, family, block, residual)
+    return LinearKernel(workload, epilogue)
+
+
+def to_groups(x: Array, layout: str) -> Array:
+    """x[T, C] as [G, 16, C] (rows) or [G, C, 16] (columns)."""
+    grouped = x.reshape(-1, GROUP, x.shape[1])
+    return np.ascontiguousarray(grouped if layout == "rows" else grouped.transpose(0, 2, 1))
+
+
+def from_groups(x: Array, layout: str) -> Array:
+    """Inverse of `to_groups`."""
+    rows = x if layout == "rows" else x.transpose(0, 2, 1)
+    return np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
+
+
+def group_shape(tokens: int, channels: int, layout: str) -> tuple[int, int, int]:
+    """Shape of `to_groups`."""
+    groups = tokens // GROUP
+    return (groups, GROUP, channels) if layout == "rows" else (groups, channels, GROUP)
+
+
+def round_up(tokens: int) -> int:
+    """`tokens` rounded up to whole groups."""
+    return -(-tokens // GROUP) * GROUP
+
+
+def product(x: Array, weight: Array) -> NDArray[np.int64]:
+    """x @ weight.T of integers; float64 holds the sums exactly (below 2**53) and multiplies much faster."""
+    return (x.astype(np.float64) @ weight.T.astype(np.float64)).astype(np.int64)
+
+
+def assert_u8(found: Array, real: Array, zero_point: float, low: int = 0, high: int = 255, offset: int = 0) -> None:
+    """`found` is `real` (in units of the scale, float64) rounded, clipped and moved: within 1 everywhere, 99.9 % equal."""
+    expected = np.clip(np.rint(real) + zero_point, low, high) + offset
+    difference = np.abs(found.astype(np.int64) - expected)
+    assert difference.max() <= 1
+    wrong = int((difference > 0).sum())
+    assert wrong <= max(1, difference.size // 1000)
+
+
+def innermost_loops(assembly: str, instruction: str) -> Iterator[list[str]]:
+    """Lines of each loop that holds a match of the pattern `instruction` and no other loop that does."""
+    lines = [line.split("#")[0].strip() for line in assembly.splitlines()]
+    label = {line[:-1]: number for number, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
+    loops = []
+    for number, line in enumerate(lines):
+        jump = re.match(r"j\w+\s+(\.L\w+)$", line)
+        if jump and label.get(jump[1], number) < number:
+            body = lines[label[jump[1]] : number]
+            if any(re.search(instruction, inside) for inside in body):
+                loops.append((label[jump[1]], number, body))
+    for start, end, body in loops:
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b, _ in loops):
+            yield body
+
+
+def vector_stack_accesses(lines: Sequence[str]) -> list[str]:
+    """Those that load or store a vector register at a fixed place on the stack: %rbp with an index points elsewhere."""
+    return [line for line in lines if re.search(r"\(%rsp[,)]|\(%rbp\)", line) and re.search(r"%[xyz]mm\d", line)]

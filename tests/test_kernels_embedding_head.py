@@ -1,0 +1,170 @@
+"""Embedding, head and pooling kernels against PyTorch and NumPy in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernel_harness import (
+    EXAMPLES,
+    LEVELS,
+    Array,
+    Kernel,
+    assert_u8,
+    from_groups,
+    group_shape,
+    round_up,
+    spread,
+    to_groups,
+)
+from tilewright.codegen.kernels.embedding import embedding
+from tilewright.codegen.kernels.head import VECTOR, mean_pool, padded_width, sequence_head, token_head
+from tilewright.codegen.kernels.norm import Norm
+from tilewright.codegen.workload import Workload
+from tilewright.schedules.isa import ISAS
+
+LAYOUTS = ("rows", "columns")
+SEEDS = st.integers(0, 2**32 - 1)
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+HIDDEN, WORDS, POSITIONS = 48, 70, 40
+
+
+def workload(isa: str, op: str, n: int, k: int, epilogue: str = "", residual=None) -> Workload:
+    return Workload(op, n, k, isa, ISAS[isa].operands, epilogue, residual=residual)
+
+
+@cache
+def embedding_kernel(isa: str, types: int, residual, stream, consumer) -> Kernel:
+    own = workload(isa, "embedding", WORDS, HIDDEN, str(consumer), residual)
+    return Kernel(embedding(own, Norm(1e-12, residual, stream, consumer), POSITIONS, types), isa)
+
+
+EMBEDDINGS = [
+    (types, residual, stream, consumer)
+    for residual in LAYOUTS
+    for types, stream, consumer in ((0, residual, "rows"), (2, residual, "columns"), (1, "rows", None))
+]
+
+
+@pytest.mark.parametrize(("isa", "types", "residual", "stream", "consumer"), spread(EMBEDDINGS))
+@EXAMPLES
+@given(tokens=st.integers(1, 80), seed=SEEDS)
+def test_embedding(isa: str, types: int, residual, stream, consumer, tokens: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sizes = {"word": WORDS, "position": POSITIONS} | ({"token_type": types} if types else {})
+    tables = {name: random.standard_normal((size, HIDDEN)).astype(np.float32) for name, size in sizes.items()}
+    shape = (round_up(tokens) // 16, 16)
+    ids = {f"{name}_ids": random.integers(0, size, shape).astype(np.int32) for name, size in sizes.items()}
+    gamma, beta = (random.standard_normal(HIDDEN).astype(np.float32) for _ in range(2))
+    quant = np.array([random.uniform(10, 60), random.integers(0, 256)], np.float32)
+    outputs = {"stream": group_shape(round_up(tokens), HIDDEN, stream)}
+    if consumer is not None:
+        outputs["quantized"] = group_shape(round_up(tokens), HIDDEN, consumer)
+    inputs = {**ids, **tables, "gamma": gamma, "beta": beta, "quant": quant}
+    found = embedding_kernel(isa, types, residual, stream, consumer)(inputs, outputs)
+
+    total = sum(tables[name].astype(np.float64)[ids[f"{name}_ids"].ravel()] for name in sizes)
+    norms = [torch.from_numpy(array.astype(np.float64)) for array in (total, gamma, beta)]
+    expected = torch.nn.functional.layer_norm(norms[0], (HIDDEN,), *norms[1:], eps=1e-12).numpy()
+    np.testing.assert_allclose(from_groups(found["stream"], stream), expected, atol=1e-4, rtol=1e-4)
+    if consumer is not None:
+        assert_u8(from_groups(found["quantized"], consumer), expected * quant[0].astype(np.float64), quant[1])
+
+
+@cache
+def token_kernel(isa: str, width: int, split: bool) -> Kernel:
+    return Kernel(token_head(workload(isa, "token_head", width, HIDDEN), split), isa)
+
+
+def packed(weight: Array) -> Array:
+    """f32[n, k] as [k, blocks, 16], padded with zeros."""
+    n, k = weight.shape
+    whole = np.zeros((k, padded_width(n)), np.float32)
+    whole[:, :n] = weight.T
+    return whole.reshape(k, -1, VECTOR)
+
+
+def random_linear(random: np.random.Generator, n: int, k: int) -> tuple[Array, Array]:
+    return random.standard_normal((n, k)).astype(np.float32), random.standard_normal(n).astype(np.float32)
+
+
+@pytest.mark.parametrize(("isa", "width"), spread([(1,), (2,), (3,), (16,), (17,), (213,)]))
+@EXAMPLES
+@given(tokens=st.integers(1, 60), seed=SEEDS)
+def test_token_head(isa: str, width: int, tokens: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((round_up(tokens), HIDDEN)).astype(np.float32)
+    weight, bias = random_linear(random, width, HIDDEN)
+    inputs = {"stream": to_groups(x, "rows"), "project_weight": packed(weight), "bias": bias}
+    found = token_kernel(isa, width, False)(inputs, {"out0": group_shape(len(x), width, "rows")})["out0"]
+    np.testing.assert_allclose(from_groups(found, "rows"), x.astype(np.float64) @ weight.T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@EXAMPLES
+@given(tokens=st.integers(1, 60), seed=SEEDS)
+def test_question_answering_head(isa: str, tokens: int, seed: int) -> None:
+    """Two columns, each an output of its own."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((round_up(tokens), HIDDEN)).astype(np.float32)
+    weight, bias = random_linear(random, 2, HIDDEN)
+    inputs = {"stream": to_groups(x, "rows"), "project_weight": packed(weight), "bias": bias}
+    shape = group_shape(len(x), 1, "rows")
+    found = token_kernel(isa, 2, True)(inputs, {"out0": shape, "out1": shape})
+    both = np.concatenate([from_groups(found[name], "rows") for name in ("out0", "out1")], axis=1)
+    np.testing.assert_allclose(both, x.astype(np.float64) @ weight.T + bias, atol=1e-4)
+
+
+@cache
+def sequence_kernel(isa: str, width: int, activation: str | None) -> Kernel:
+    return Kernel(sequence_head(workload(isa, "sequence_head", width, HIDDEN, activation or ""), activation), isa)
+
+
+def sequences(random: np.random.Generator, lengths: list[int]) -> tuple[Array, Array]:
+    """Hidden states f32[T, H] and offsets; what lies past the last token must not matter, so it is not a number."""
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
+    x = np.full((round_up(offsets[-1]), HIDDEN), np.nan, np.float32)
+    x[: offsets[-1]] = random.standard_normal((offsets[-1], HIDDEN))
+    return x, offsets
+
+
+HEADS = [(1, None), (17, None), (3, "tanh"), (17, "relu"), (2, "relu"), (16, "tanh")]
+
+
+@pytest.mark.parametrize(("isa", "width", "activation"), spread(HEADS))
+@EXAMPLES
+@given(lengths=LENGTHS, seed=SEEDS)
+def test_sequence_head(isa: str, width: int, activation: str | None, lengths: list[int], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x, offsets = sequences(random, lengths)
+    weight, bias = random_linear(random, width, HIDDEN)
+    inputs = {"stream": to_groups(x, "rows"), "offsets": offsets, "project_weight": packed(weight), "bias": bias}
+    first = x[offsets[:-1]].astype(np.float64)
+    if activation is not None:
+        pre, pre_bias = random_linear(random, HIDDEN, HIDDEN)
+        inputs |= {"pre_weight": packed(pre), "pre_bias": pre_bias}
+        first = {"tanh": np.tanh, "relu": lambda y: np.maximum(y, 0)}[activation](first @ pre.T + pre_bias)
+    found = sequence_kernel(isa, width, activation)(inputs, {"logits": (len(lengths), width)})["logits"]
+    np.testing.assert_allclose(found, first @ weight.T + bias, atol=1e-4, rtol=1e-4)
+
+
+@cache
+def pool_kernel(isa: str) -> Kernel:
+    return Kernel(mean_pool(workload(isa, "mean_pool", HIDDEN, HIDDEN)), isa)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@EXAMPLES
+@given(lengths=LENGTHS, seed=SEEDS)
+def test_mean_pool(isa: str, lengths: list[int], seed: int) -> None:
+    x, offsets = sequences(np.random.default_rng(seed), lengths)
+    inputs = {"stream": to_groups(x, "rows"), "offsets": offsets}
+    found = pool_kernel(isa)(inputs, {"embedding": (len(lengths), HIDDEN)})["embedding"]
+    expected = [x[a:b].astype(np.float64).mean(0) for a, b in pairwise(offsets)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,0 +1,142 @@
+"""Integer sums of every linear kernel, bit for bit those of NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.kernel_harness import EXAMPLES, Array, from_groups, group_shape, level, linear_kernel, product, round_up
+from tilewright.codegen.kernels.linear import Raw
+from tilewright.errors import ScheduleMismatch
+from tilewright.schedules.isa import ISAS
+
+# family, block, N, K; K of (60), (52) and (20) is no multiple of 16, and of (50) none of 4
+CASES = [
+    ("gather", (4, 1), 64, 64),
+    ("gather", (4, 1), 96, 60),
+    ("gather", (4, 1), 4, 50),
+    ("gather", (4, 1), 192, 768),
+    ("row", (16, 4), 64, 64),
+    ("row", (16, 4), 96, 52),
+    ("row", (16, 4), 192, 768),
+    ("row", (32, 4), 96, 64),
+    ("row", (32, 4), 32, 20),
+    ("row", None, 64, 64),
+    ("row", None, 96, 20),
+    ("row", None, 80, 64),
+    ("row", None, 192, 768),
+]
+LARGE = [(family, block, 768, 768) for family, block in (("gather", (4, 1)), ("row", (16, 4)), ("row", (32, 4)), ("row", None))]
+PARAMETERS = [level(isa, *case) for isa in ISAS for case in CASES]
+TOKENS = st.one_of(st.sampled_from([1, 15, 16, 17, 400]), st.integers(1, 400))
+MASKS = ("none", "one block", "tiny", "fifth", "all", "uneven", "empty rows", "one full row")
+VALUES = ("random", "highest", "lowest", "zero activations", "alternating")
+
+
+def keep(random: np.random.Generator, kind: str, rows: int, columns: int) -> NDArray[np.bool_]:
+    """Which blocks of a [rows, columns] grid hold values."""
+    if kind == "uneven":
+        share = np.linspace(0, 1, rows)[random.permutation(rows)]
+        return random.random((rows, columns)) < share[:, None]
+    share = {"none": 0.0, "one block": 0.0, "tiny": 0.02, "fifth": 0.2, "all": 1.0, "empty rows": 0.3, "one full row": 0.0}
+    mask = random.random((rows, columns)) < share[kind]
+    if kind == "one block":
+        mask[random.integers(rows), random.integers(columns)] = True
+    if kind == "empty rows":
+        mask[random.random(rows) < 0.5] = False
+        mask[[0, -1]] = False
+    if kind == "one full row":
+        mask[random.integers(rows)] = True
+    return mask
+
+
+def draw_weight(random: np.random.Generator, kind: str, values: str, n: int, k: int, block: tuple[int, int]) -> Array:
+    weight = random.integers(-127, 128, (n, k))
+    if values in ("highest", "zero activations"):
+        weight[:] = 127
+    elif values == "lowest":
+        weight[:] = -127
+    elif values == "alternating":
+        weight = np.where(np.arange(k) % 2, 127, -127) + np.zeros((n, 1), int)
+    mask = keep(random, kind, n // block[0], k // block[1])
+    return (weight * np.kron(mask, np.ones(block, int))).astype(np.int8)
+
+
+def draw_activations(random: np.random.Generator, values: str, tokens: int, k: int) -> NDArray[np.uint8]:
+    if values in ("highest", "lowest"):
+        return np.full((tokens, k), 255, np.uint8)
+    if values == "zero activations":
+        return np.zeros((tokens, k), np.uint8)
+    if values == "alternating":
+        return np.where((np.arange(k) + np.arange(tokens)[:, None]) % 2, 255, 0).astype(np.uint8)
+    return random.integers(0, 256, (tokens, k)).astype(np.uint8)
+
+
+def check(isa: str, family, block, n: int, k: int, tokens: int, mask: str, values: str, seed: int) -> None:
+    kernel = linear_kernel(isa, family, block, n, k, Raw())
+    random = np.random.default_rng(seed)
+    weight = draw_weight(random, mask, values, n, k, block or (1, 1))
+    x = draw_activations(random, values, round_up(tokens), k)
+    fold = random.integers(-(2**20), 2**20, n).astype(np.int32)
+    unused = np.full(n, np.nan, np.float32)
+    layout = "rows" if family == "row" else "columns"
+    inputs = kernel.arrays(x, weight, fold=fold, scale=unused, bias=unused)
+    sums = kernel(inputs, {"sums": group_shape(len(x), n, layout)})["sums"]
+    np.testing.assert_array_equal(from_groups(sums, layout), product(x, weight) + fold)
+
+
+@pytest.mark.parametrize(("isa", "family", "block", "n", "k"), PARAMETERS)
+@EXAMPLES
+@given(tokens=TOKENS, mask=st.sampled_from(MASKS), values=st.sampled_from(VALUES), seed=st.integers(0, 2**32 - 1))
+def test_sums_are_exact(isa: str, family, block, n: int, k: int, tokens: int, mask: str, values: str, seed: int) -> None:
+    check(isa, family, block, n, k, tokens, mask, values, seed)
+
+
+@pytest.mark.parametrize(("isa", "family", "block", "n", "k"), [level(isa, *case) for isa in ISAS for case in LARGE])
+def test_sums_of_a_real_size_are_exact(isa: str, family, block, n: int, k: int) -> None:
+    for seed, (tokens, mask, values) in enumerate(
+        [
+            (1, "fifth", "random"),
+            (128, "fifth", "random"),
+            (17, "uneven", "random"),
+            (33, "all", "highest"),
+            (16, "none", "random"),
+        ]
+    ):
+        check(isa, family, block, n, k, tokens, mask, values, seed)
+
+
+@pytest.mark.parametrize(("isa", "family", "block", "n", "k"), [level(isa, *CASES[i]) for isa in ISAS for i in (0, 4, 9)])
+def test_all_masks_and_values(isa: str, family, block, n: int, k: int) -> None:
+    """Every combination once, so that none depends on the luck of the draw."""
+    for mask in MASKS:
+        for values in VALUES:
+            check(isa, family, block, n, k, 17, mask, values, 0)
+
+
+@pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case[:2]) for isa in ISAS for case in LARGE])
+def test_padding_entries_add_nothing(isa: str, family, block) -> None:
+    """Entries that fill up a row-block point at channel 0, which here is as large as can be."""
+    n, k = 64, 64
+    kernel = linear_kernel(isa, family, block, n, k, Raw())
+    bn, bk = block or (1, 1)
+    x = np.zeros((16, k), np.uint8)
+    x[:, :4] = 255
+    layout = "rows" if family == "row" else "columns"
+    for count in range(1, 8):  # blocks of a row-block: every remainder of the packing
+        mask = np.zeros((n // bn, k // bk), np.int8)
+        mask[:, -count:] = 1
+        weight = np.kron(mask, np.full((bn, bk), 127, np.int8))
+        unused = np.zeros(n, np.float32)
+        inputs = kernel.arrays(x, weight, fold=np.zeros(n, np.int32), scale=unused, bias=unused)
+        sums = kernel(inputs, {"sums": group_shape(16, n, layout)})["sums"]
+        np.testing.assert_array_equal(from_groups(sums, layout), product(x, weight))
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if ISAS[isa].lanes == 16])
+def test_row_blocks_narrower_than_a_vector_are_refused(isa: str) -> None:
+    with pytest.raises(ScheduleMismatch, match=r"row kernel of 24x64 .* multiple of 16"):
+        linear_kernel(isa, "row", None, 24, 64, Raw())

@@ -1,0 +1,119 @@
+"""Packed weights hold the matrix: unpacked by the definition of each layout, they give it back."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernel_harness import EXAMPLES, FAMILIES, Array
+from tilewright.codegen.kernels.linear import INDEX_BYTES
+from tilewright.codegen.packing import PackedLinear, pack_linear
+from tilewright.codegen.workload import INT8_QUADS, INT16_PAIRS, Operands, Workload
+from tilewright.errors import InvalidModel, UnsupportedModel
+
+CASES = [*FAMILIES, ("row", (32, 4))]
+OPERANDS = {"pairs": INT16_PAIRS, "quads": INT8_QUADS}
+
+
+def workload(family, block, n: int, k: int, operands: Operands) -> Workload:
+    return Workload("linear", n, k, "any", operands, "", family, block)
+
+
+def row_units(operands: Operands) -> int:
+    """INDEX_BYTES units from one channel of a group, 16 tokens, to the next: what gather's indices count in."""
+    return 16 * np.dtype(operands.activation).itemsize // INDEX_BYTES
+
+
+def unpack(own: Workload, packed: PackedLinear) -> Array:
+    """The dense matrix, entry by entry."""
+    dense = np.zeros((own.n, own.k), np.int64)
+    pack = own.operands.pack
+    if own.block is None:
+        blocks, entries, one, width, inner = packed.weight.shape
+        assert (blocks * width, entries * inner, one, inner) == (own.n, own.k, 1, pack)
+        return packed.weight[:, :, 0].transpose(0, 2, 1, 3).reshape(own.n, own.k)
+    bn, bk = own.block
+    assert packed.index is not None
+    assert packed.indptr is not None
+    assert packed.indptr[0] == 0
+    for row in range(own.n // bn):
+        for entry in range(packed.indptr[row], packed.indptr[row + 1]):
+            part = dense[row * bn : (row + 1) * bn]
+            if own.family == "row":
+                first = int(packed.index[entry]) * bk
+                part[:, first : first + bk] += packed.weight[entry].transpose(1, 0, 2).reshape(bn, bk)
+            else:
+                for p in range(pack):
+                    part[:, packed.index[entry, p] // row_units(own.operands)] += packed.weight[entry, :, p]
+    return dense
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize(("family", "block"), CASES)
+@EXAMPLES
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 12),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_round_trip(family, block, operands: str, rows: int, columns: int, density: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    held = OPERANDS[operands]
+    bn, bk = block or (16, held.pack)
+    n, k = rows * bn, columns * bk
+    mask = random.random((rows, columns)) < density
+    weight = (random.integers(-127, 128, (n, k)) * np.kron(mask, np.ones((bn, bk), int))).astype(np.int8)
+    own = workload(family, block, n, k, held)
+    packed = pack_linear(own, weight)
+    np.testing.assert_array_equal(unpack(own, packed), weight)
+
+    if block is None:
+        assert packed.stored == n * k
+        assert list(packed.arguments()) == ["weight"]
+        return
+    kept = weight.reshape(rows, bn, columns, bk).any(axis=(1, 3))
+    assert packed.stored == kept.sum() * bn * bk
+    assert list(packed.arguments()) == ["weight", "index", "indptr"]
+    per_entry = held.pack if family == "gather" else 1
+    np.testing.assert_array_equal(np.diff(packed.indptr), -(-kept.sum(1) // per_entry))
+    assert len(packed.weight) == len(packed.index) == max(1, packed.indptr[-1])
+    units = row_units(held) if family == "gather" else 1
+    assert (packed.index % units == 0).all()
+    assert packed.index.max() < k // bk * units  # padding, too, points inside x
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize(("family", "block"), CASES)
+def test_dtypes_are_those_the_kernels_declare(family, block, operands: str) -> None:
+    held = OPERANDS[operands]
+    packed = pack_linear(workload(family, block, 32, 32, held), np.ones((32, 32), np.int8))
+    assert packed.weight.dtype == (held.weight if family == "gather" else np.int8)
+    assert packed.weight.flags.c_contiguous
+    if block is not None:
+        assert (packed.index.dtype, packed.indptr.dtype) == (np.uint16, np.int32)
+        assert packed.index.flags.c_contiguous
+
+
+@pytest.mark.parametrize(("family", "block"), [case for case in CASES if case[1]])
+def test_an_empty_matrix_has_an_entry_to_point_at(family, block) -> None:
+    packed = pack_linear(workload(family, block, 32, 32, INT16_PAIRS), np.zeros((32, 32), np.int8))
+    assert packed.stored == 0
+    assert len(packed.weight) == len(packed.index) == 1
+    assert not packed.indptr.any()
+
+
+def test_a_block_that_does_not_divide_the_matrix_is_refused() -> None:
+    with pytest.raises(InvalidModel, match="matrix 24x32 is not a multiple of block 16x4"):
+        pack_linear(workload("row", (16, 4), 24, 32, INT16_PAIRS), np.zeros((24, 32), np.int8))
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_more_columns_than_an_index_holds_are_refused(operands: str) -> None:
+    held = OPERANDS[operands]
+    most = -(-(2**16) // row_units(held))
+    own = workload("gather", (4, 1), 4, most, held)
+    weight = np.ones((4, most), np.int8)
+    np.testing.assert_array_equal(unpack(own, pack_linear(own, weight)), weight)
+    with pytest.raises(UnsupportedModel, match=f"linear 4x{most + 1}: {most + 1} inputs are more than a 16-bit index"):
+        pack_linear(workload("gather", (4, 1), 4, most + 1, held), np.ones((4, most + 1), np.int8))
