@@ -35,6 +35,7 @@ class Operands:
     weight: dtype of broadcast weights in the column and gather families; `row` always stores int8.
     attention: dtype of queries and values. key: dtype of keys, stored as s8 value + key_offset: an unsigned key
     adds key_offset * sum(query) to all scores of a query, which softmax cancels exactly.
+    row_blocks: outputs a dense `row` weight may be kept together in, widest first; the first that divides N is used.
     """
 
     pack: int
@@ -43,6 +44,7 @@ class Operands:
     attention: str
     key: str
     key_offset: int
+    row_blocks: tuple[int, ...] = (16, 8)
 
 
 INT16_PAIRS = Operands(2, "int16", "int16", "int16", "int16", 0)
@@ -90,6 +92,7 @@ class Workload:
     def from_json(cls, text: str) -> Workload:
         """Inverse of `to_json`."""
         fields = json.loads(text)
-        fields["operands"] = Operands(**fields["operands"])
+        operands = fields["operands"]
+        fields["operands"] = Operands(**{**operands, "row_blocks": tuple(operands["row_blocks"])})
         fields["block"] = tuple(fields["block"]) if fields["block"] else None
         return cls(**fields)

@@ -9,7 +9,7 @@ from tvm.s_tir import Schedule
 
 from tilewright.codegen.kernels.linear import row_block
 from tilewright.codegen.trim import SPARSE_AXIS
-from tilewright.codegen.workload import GROUP, Workload
+from tilewright.codegen.workload import Workload
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.intrinsics import intrinsic
 from tilewright.schedules.isa import ISAS
@@ -29,14 +29,10 @@ class LinearDecisions:
 
 
 def default_decisions(workload: Workload) -> LinearDecisions:
-    """Hand-chosen: as many accumulators as fit beside two operands, chunks of about 128 KB of weights."""
-    isa = ISAS[workload.isa]
-    registers = 32 if isa.lanes == 16 else 16
-    if workload.family != "row":
-        rows = GROUP
-    else:
-        width = row_block(workload) // _lanes(workload)
-        rows = next(rows for rows in (8, 4, 2, 1) if rows * max(width, 1) <= registers * 3 // 4 or rows == 1)
+    """Hand-chosen: accumulators in half (of 16) to three quarters (of 32) of the registers, chunks of 128 K weights."""
+    lanes = ISAS[workload.isa].lanes
+    accumulators = 24 if lanes == 16 else 8
+    rows = next(rows for rows in (16, 8, 4, 2, 1) if rows * row_block(workload) <= accumulators * lanes or rows == 1)
     stored = workload.n * workload.k * workload.density // 100
     blocks = workload.n // row_block(workload)
     wanted = max(1, stored // (128 << 10))

@@ -55,11 +55,7 @@ def row_block(workload: Workload) -> int:
     """Outputs of one row-block as stored: the sparse block's, or the packing unit of a dense matrix."""
     if workload.block is not None:
         return workload.block[0]
-    return next(width for width in DENSE_ROW_BLOCKS if workload.n % width == 0)
-
-
-DENSE_ROW_BLOCKS: tuple[int, ...] = (48, 32, 24, 16, 8)
-"""Outputs that a dense `row` kernel keeps together, widest first; one must divide N."""
+    return next(width for width in workload.operands.row_blocks if workload.n % width == 0)
 
 
 INDEX_BYTES = 8
