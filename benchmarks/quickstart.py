@@ -108,7 +108,7 @@ def quickstart(output: Path) -> dict[str, Any]:
         "seconds": {**seconds, "total": time.perf_counter() - started},
     }
     show(results)
-    show_examples(tagger, tagger_file.with_name("tag_vocab.json"), embedder, questions[0])
+    show_examples(tagger, tagger_file.with_name("tag_vocab.json"), embedder, questions[QUESTIONS // 2])
     console.print(f"\nDone in {results['seconds']['total']:.0f} s. The artifacts are ready to run:", markup=False)
     place = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     command = f"tilewright run {place / 'minilm.tw'} --text 'A man is eating.' --text 'Somebody has lunch.'"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +25,8 @@ class _Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _interrupts():
+                return super().invoke(ctx)
         except TilewrightError as error:
             raise fail(str(error), error.exit_code) from None
         except ModuleNotFoundError as error:
@@ -33,6 +38,31 @@ class _Verbs(TyperGroup):
             raise
         except OSError as error:
             raise fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2) from None
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let Ctrl-C surface as KeyboardInterrupt, whatever it is made of on its way out.
+
+    One that strikes in Python code called by the compiler arrives as a RuntimeError, and one that kills the linker as a
+    failed link.
+    """
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 app = typer.Typer(
