@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from tilewright.errors import InvalidModel
 
-BLOCK_SHAPES: tuple[tuple[int, int], ...] = ((4, 1), (1, 4), (4, 4), (16, 4), (16, 1), (32, 4))
-"""Block shapes (outputs, inputs) that `detect_block` looks for."""
+BLOCK_SHAPES: list[tuple[int, int]] = [(1, 4), (4, 1), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 4), (32, 4)]
+"""Block shapes (outputs, inputs) that `detect_block` looks for; `schedules.blocks.register_block` adds to them."""
 
 MIN_SPARSITY = 0.5
 """A layer with a smaller share of zero blocks is treated as dense: below it no published block-sparse kernel wins."""

@@ -10,7 +10,7 @@ import tvm
 from numpy.typing import NDArray
 
 from tilewright.codegen.kernels.attention import attention
-from tilewright.codegen.kernels.common import at
+from tilewright.codegen.kernels.common import shape
 from tilewright.codegen.kernels.embedding import embedding
 from tilewright.codegen.kernels.head import VECTOR, mean_pool, padded_width, sequence_head, token_head
 from tilewright.codegen.kernels.linear import Activate, AddNorm, Epilogue, Qkv, linear
@@ -103,7 +103,7 @@ class _Lowering:
         return self.plan.layers[layer].qkv.layout, _input(self.model.layers[layer].attention.query)
 
     def _activation(self, name: str, layout: Layout, channels: int) -> Value:
-        return Value(name, tuple(at(layout, self.program.groups, GROUP, channels)), self.operands.activation)
+        return Value(name, tuple(shape(layout, self.program.groups, channels, self.operands.pack)), self.operands.activation)
 
     def _norm(
         self, name: str, weights: LayerNorm, consumer: tuple[Layout, Quantization] | None
@@ -114,7 +114,7 @@ class _Lowering:
         quant = np.zeros(2, np.float32) if consumer is None else _quant(consumer[1])
         names = self.program.add_parameters(name, {"gamma": weights.weight, "beta": weights.bias, "quant": quant})
         stream_name = f"{name}.stream" if consumer else LAST
-        results = [Value(stream_name, tuple(at(stream, groups, GROUP, hidden)), "float32")]
+        results = [Value(stream_name, tuple(shape(stream, groups, hidden)), "float32")]
         if consumer is not None:
             results.append(self._activation(f"{name}.quantized", consumer[0], hidden))
         return Norm(weights.eps, self.plan.residual, stream, consumer[0] if consumer else None), names, results

@@ -41,8 +41,9 @@ def pack_linear(workload: Workload, weight: NDArray[np.int8]) -> PackedLinear:
         width = row_block(workload)
         packed = weight.reshape(n // width, width, k // pack, pack).transpose(0, 2, 1, 3)
         return PackedLinear(weight.size, np.ascontiguousarray(packed[:, :, None]))
+    assert workload.family is not None
     matrix = BlockSparseMatrix.from_dense(weight, workload.block)
-    return (_pack_row if workload.family == "row" else _pack_gather)(workload, matrix)
+    return _PACKERS[workload.family](workload, matrix)
 
 
 def _index(values: NDArray[np.integer], matrix: BlockSparseMatrix) -> NDArray[np.uint16]:
@@ -57,6 +58,15 @@ def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     pack = workload.operands.pack
     bn, bk = matrix.block
     weight = matrix.data.reshape(-1, bn, bk // pack, pack).transpose(0, 2, 1, 3)
+    index, indptr = _index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
+    return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr)
+
+
+def _pack_column(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+    """Entries [bn, bk / pack, pack], one per block: a block as it is."""
+    pack = workload.operands.pack
+    bn, bk = matrix.block
+    weight = matrix.data.reshape(-1, bn, bk // pack, pack).astype(workload.operands.weight)
     index, indptr = _index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
     return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr)
 
@@ -76,7 +86,12 @@ def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     index[target] = matrix.indices
     index *= GROUP * np.dtype(workload.operands.activation).itemsize // INDEX_BYTES
     weight = weight.reshape(-1, pack, bn).transpose(0, 2, 1)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix).reshape(-1, pack)), indptr.astype(np.int32))
+    return PackedLinear(
+        matrix.data.size, *_never_empty(weight, _index(index, matrix).reshape(-1, pack)), indptr.astype(np.int32)
+    )
+
+
+_PACKERS = {"row": _pack_row, "column": _pack_column, "gather": _pack_gather}
 
 
 def _never_empty(weight: Array, index: Array) -> tuple[Array, Array]:

@@ -16,14 +16,17 @@ SCHEMA = 1
 ATTRIBUTE = "tilewright.workload"
 """PrimFunc attribute that carries the workload's JSON."""
 
-Layout = Literal["rows", "columns"]
-"""Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16]."""
+Layout = Literal["rows", "columns", "packed"]
+"""Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16], packed is [G, C / pack, 16, pack]."""
 
 Family = Literal["row", "column", "gather"]
 """Where a linear kernel's vector lanes lie: over outputs (row) or over tokens (column, gather)."""
 
-FAMILY_LAYOUT: dict[Family, Layout] = {"row": "rows", "gather": "columns"}
+FAMILY_LAYOUT: dict[Family, Layout] = {"row": "rows", "column": "packed", "gather": "columns"}
 """The layout in which each family reads its activations."""
+
+FAMILY_LANES: dict[Family, Layout] = {"row": "rows", "column": "columns", "gather": "columns"}
+"""The layout of each family's accumulators, and so of the float32 stream it adds to without transposing."""
 
 
 @dataclass(frozen=True)

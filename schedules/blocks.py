@@ -1,46 +1,98 @@
-"""Block shapes and the kernel that serves each: a table. Supporting a new shape is a new entry."""
+"""Block shapes and the kernels that serve each: a table. Supporting a new shape is one entry (see docs/extending.md)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
+from tilewright.codegen.block_sparse import BLOCK_SHAPES
 from tilewright.codegen.model import EncoderModel, Linear
 from tilewright.codegen.plan import LayerPlan, LinearPlan, Plan
-from tilewright.schedules.isa import Isa
+from tilewright.codegen.workload import FAMILY_LANES, GROUP
+from tilewright.errors import ScheduleMismatch
+from tilewright.schedules.intrinsics import intrinsic
+from tilewright.schedules.isa import ISAS, Isa
+
+Block = tuple[int, int]
 
 DENSE = LinearPlan("row", None)
 
-BLOCKS: dict[tuple[int, int], LinearPlan] = {
-    (4, 1): LinearPlan("gather", (4, 1)),
-    (16, 1): LinearPlan("gather", (4, 1), "stored as (4, 1): 16 outputs x 16 tokens do not fit the registers"),
-    (4, 4): LinearPlan("gather", (4, 1), "stored as (4, 1): its columns are gathered one by one"),
-    (16, 4): LinearPlan("row", (16, 4)),
-    (32, 4): LinearPlan("row", (32, 4)),
-    (1, 4): LinearPlan("row", None, "computed as dense: no kernel keeps its vector lanes busy with one output"),
+BLOCKS: dict[Block, tuple[LinearPlan, ...]] = {
+    (1, 4): (LinearPlan("column", (1, 4)),),
+    (4, 1): (LinearPlan("gather", (4, 1)),),
+    (4, 4): (LinearPlan("column", (4, 4)),),
+    (8, 1): (LinearPlan("gather", (8, 1)), LinearPlan("gather", (4, 1))),
+    (8, 2): (LinearPlan("row", (8, 2)), LinearPlan("gather", (8, 1)), LinearPlan("gather", (4, 1))),
+    (8, 4): (LinearPlan("column", (8, 4)),),
+    (16, 1): (LinearPlan("gather", (16, 1)), LinearPlan("gather", (4, 1))),
+    (16, 4): (LinearPlan("row", (16, 4)),),
+    (32, 4): (LinearPlan("row", (32, 4)),),
 }
-"""What runs for each block shape that `block_sparse.detect_block` may find."""
+"""What may run for each block shape, best first: the first that is legal on the ISA level is used.
+
+A plan may store smaller blocks than were found, as (8, 1) blocks are stored as (4, 1) where registers are few.
+"""
+
+
+def register_block(block: Block, *plans: LinearPlan) -> None:
+    """Add a block shape: it is looked for in every model from now on and runs as the first of `plans` that is legal.
+
+    Raises ScheduleMismatch if a plan's block does not tile `block`, or if no plan is legal on some ISA level.
+    """
+    for plan in plans:
+        if plan.block is None or block[0] % plan.block[0] or block[1] % plan.block[1]:
+            raise ScheduleMismatch(f"block {block} cannot be stored as {plan.block}; choose a block that divides it")
+    for isa in ISAS.values():
+        if not any(legal(plan, isa) for plan in plans):
+            raise ScheduleMismatch(f"block {block} has no kernel on {isa.name}; add a plan that is legal there")
+    BLOCKS[block] = plans
+    if block not in BLOCK_SHAPES:
+        BLOCK_SHAPES.append(block)
+
+
+def legal(plan: LinearPlan, isa: Isa) -> bool:
+    """Whether `plan` fits the level's intrinsics and its accumulators half of the registers."""
+    if plan.block is None:
+        return True
+    (outputs, inputs), pack = plan.block, isa.operands.pack
+    if plan.family == "row":
+        return outputs % intrinsic(isa.name, "outputs", "int8").lanes == 0 and inputs % pack == 0
+    fits = outputs * GROUP // isa.lanes <= (16 if isa.lanes < GROUP else 24)
+    if plan.family == "column":
+        return fits and inputs % pack == 0
+    return inputs == 1 and outputs * GROUP // isa.lanes <= (8 if isa.lanes < GROUP else 16) or plan.block == (4, 1)
 
 
 def plan(model: EncoderModel, isa: Isa) -> Plan:
-    """Choose family and stored block for every linear kernel, and the layout of the residual stream most of them use."""
+    """Choose family and stored block for every linear kernel, and the layout of the residual stream most of them add to."""
     layers = tuple(
         LayerPlan(
-            _merged(layer.attention.query, layer.attention.key, layer.attention.value),
-            _merged(layer.attention.output),
-            _merged(layer.up),
-            _merged(layer.down),
+            _merged(isa, layer.attention.query, layer.attention.key, layer.attention.value),
+            _merged(isa, layer.attention.output),
+            _merged(isa, layer.up),
+            _merged(isa, layer.down),
         )
         for layer in model.layers
     )
-    layouts = Counter(linear.layout for layer in layers for linear in layer.linears())
-    return Plan(isa.name, isa.operands, layers, layouts.most_common(1)[0][0] if layouts else "rows")
+    streams = Counter(FAMILY_LANES[linear.family] for layer in layers for linear in layer.linears())
+    return Plan(isa.name, isa.operands, layers, streams.most_common(1)[0][0] if streams else "rows")
 
 
-def _merged(*linears: Linear) -> LinearPlan:
+def choose(block: Block | None, isa: Isa) -> LinearPlan:
+    """The plan for a linear in which `block` was found (None: dense)."""
+    if block is None:
+        return DENSE
+    chosen = next((plan for plan in BLOCKS.get(block, ()) if legal(plan, isa)), None)
+    if chosen is None:
+        return dataclasses.replace(DENSE, reason=f"computed as dense: no kernel for block {block} on {isa.name}")
+    if chosen.block != block:
+        return dataclasses.replace(chosen, reason=f"block {block} stored as {chosen.block} on {isa.name}")
+    return chosen
+
+
+def _merged(isa: Isa, *linears: Linear) -> LinearPlan:
     """The plan of linears that share one kernel: they must agree, or the kernel is dense."""
-    plans = {BLOCKS[linear.block] if linear.block else DENSE for linear in linears}
-    if len(plans) == 1:
-        return plans.pop()
+    plans = [choose(linear.block, isa) for linear in linears]
     if len({(plan.family, plan.block) for plan in plans}) == 1:
-        return LinearPlan(*next((plan.family, plan.block) for plan in plans), "stored block shared by q, k and v")
-    return LinearPlan("row", None, "computed as dense: q, k and v have different blocks")
+        return max(plans, key=lambda plan: plan.reason)
+    return dataclasses.replace(DENSE, reason="computed as dense: q, k and v have different blocks")

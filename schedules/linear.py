@@ -1,4 +1,4 @@
-"""Schedules of the linear kernels: row and gather families, then their epilogue."""
+"""Schedules of the linear kernels: the row family, the two whose lanes are tokens, and the epilogues fused to them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def schedule_linear(sch: Schedule, workload: Workload, decisions: LinearDecision
     if workload.family == "row":
         _schedule_row(sch, workload, decisions)
     else:
-        _schedule_gather(sch, workload, decisions)
+        _schedule_tokens(sch, workload, decisions)
     if workload.residual is not None:
         schedule_norm(sch, workload.residual)
 
@@ -69,19 +69,23 @@ def _fuse_scatter(sch: Schedule, workload: Workload, loop: Any) -> None:
         sch.reverse_compute_at(sch.get_sblock("scatter"), loop)
 
 
-def _schedule_gather(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
+def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
+    """The families whose lanes are tokens: column, and gather, which interleaves the rows of an entry first."""
     product = sch.get_sblock("product")
-    g, nb, ni, t, e, _ = sch.get_loops(product)
+    g, nb, ni, t, e, *rest = sch.get_loops(product)
     epilogue = sch.get_sblock("epilogue")
-    sch.reorder(g, nb, e, ni, t)
+    packs = rest[:-1]
+    sch.reorder(g, nb, e, *packs, ni, t)
     inner = _outer(sch, product, g, nb, decisions.chunks)
     sch.reverse_compute_at(epilogue, inner)
     _fuse_scatter(sch, workload, inner)
-    sch.compute_at(sch.get_sblock("gather"), e)
+    if workload.family == "gather":
+        sch.compute_at(sch.get_sblock("gather"), e)
     sch.annotate(e, SPARSE_AXIS, "nb")
     init = sch.decompose_reduction(product, e)
     sch.tensorize(t, intrinsic(workload.isa, "tokens", workload.operands.activation).name)
-    sch.unroll(ni)
+    for loop in (*packs, ni):
+        sch.unroll(loop)
     for block in (init, epilogue):
         outputs, lanes = sch.get_loops(block)[-2:]
         sch.unroll(outputs)

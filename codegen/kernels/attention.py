@@ -16,7 +16,7 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tilewright.codegen.kernels.common import at, quantize
+from tilewright.codegen.kernels.common import at, quantize, shape
 from tilewright.codegen.kernels.math import exp, nearbyint
 from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
 
@@ -69,7 +69,7 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
         key = T.match_buffer(key_, (groups, hidden // pack, GROUP, pack), operands.key)
         value = T.match_buffer(value_, (groups, hidden, GROUP), operands.attention)
         offsets = T.match_buffer(offsets_, (ends,), "int32")
-        context = T.match_buffer(context_, at(consumer, groups, GROUP, hidden), stored)
+        context = T.match_buffer(context_, shape(consumer, groups, hidden, pack), stored)
         for h, g in T.grid(heads, groups):
             with T.sblock("attention"):
                 head, group = T.axis.remap("SS", [h, g])
@@ -82,7 +82,7 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                 total = T.sblock_alloc_buffer((GROUP,), "int32")
                 for c in T.serial(channels):
                     for i in T.vectorized(GROUP):
-                        context[at(consumer, group, i, head * channels + c)] = T.cast(0, stored)
+                        context[at(consumer, group, i, head * channels + c, pack)] = T.cast(0, stored)
                 for b in T.serial(ends - 1):
                     if offsets[b + 1] > group * GROUP and offsets[b] < group * GROUP + GROUP:
                         start: T.let = offsets[b]
@@ -117,7 +117,9 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                             for j in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
                                     scores[block * TILE + j, i] = tile[j, i]
-                                    largest[i] = T.max(largest[i], T.Select(own(first + block * TILE + j, start, end), tile[j, i], LOWEST))
+                                    largest[i] = T.max(
+                                        largest[i], T.Select(own(first + block * TILE + j, start, end), tile[j, i], LOWEST)
+                                    )
                         # weights, zero for keys of other sequences so that whole packs can be multiplied
                         for i in T.vectorized(GROUP):
                             total[i] = 0
@@ -157,10 +159,10 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                                 )
                             for c in T.unroll(TILE):
                                 for i in T.vectorized(GROUP):
-                                    context[at(consumer, group, i, head * channels + block * TILE + c)] = T.Select(
+                                    context[at(consumer, group, i, head * channels + block * TILE + c, pack)] = T.Select(
                                         own(group * GROUP + i, start, end),
                                         output(tile[c, i], total[i], quant[1], quant[2]),
-                                        context[at(consumer, group, i, head * channels + block * TILE + c)],
+                                        context[at(consumer, group, i, head * channels + block * TILE + c, pack)],
                                     )
 
     return attention

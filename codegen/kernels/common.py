@@ -17,9 +17,18 @@ from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
 Expr = Any  # tirx.PrimExpr; TVM ships no type information
 
 
-def at(layout: Layout, group: Expr, token: Expr, channel: Expr) -> list[Expr]:
-    """Indices (or shape) of an activation: rows is [G, 16, C], columns is [G, C, 16]."""
+def at(layout: Layout, group: Expr, token: Expr, channel: Expr, pack: int = 1) -> list[Expr]:
+    """Indices of one element of an activation (see `Layout`; `pack` is that of the packed one)."""
+    if layout == "packed":
+        return [group, channel // pack, token, channel % pack]
     return [group, token, channel] if layout == "rows" else [group, channel, token]
+
+
+def shape(layout: Layout, groups: Expr, channels: int, pack: int = 1) -> list[Expr]:
+    """Shape of an activation of `channels` channels."""
+    if layout == "packed":
+        return [groups, channels // pack, GROUP, pack]
+    return at(layout, groups, GROUP, channels)
 
 
 def prim_func(workload: Workload, body: Callable[[], None]) -> tvm.tirx.PrimFunc:
@@ -72,4 +81,4 @@ def quantize(value: Expr, low: int, high: int, dtype: str, zero_point: Expr = 0.
     return T.cast(T.cast(clipped, "int32") + offset, dtype)
 
 
-__all__ = ["GROUP", "Expr", "arg", "at", "prim_func", "quantize", "scratch", "stage", "store"]
+__all__ = ["GROUP", "Expr", "arg", "at", "prim_func", "quantize", "scratch", "shape", "stage", "store"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import tirx
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, scratch, stage, store
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, scratch, shape, stage, store
 from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
 from tilewright.codegen.workload import Workload
 
@@ -26,7 +26,7 @@ def embedding(workload: Workload, norm: Norm, positions: int, token_types: int) 
         tables = [arg(name, [sizes[name], hidden], "float32") for name in names]
         args = norm_args(hidden)
         outputs = norm_outputs(groups, hidden, norm, workload.operands)
-        pre = scratch("pre", at(norm.residual, groups, GROUP, hidden), "float32")
+        pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
         with stage("embed", {"g": groups, "t": GROUP, "c": hidden}) as (g, t, c):
             total: Expr = tables[0][ids[0][g, t], c]
             for table, index in zip(tables[1:], ids[1:], strict=True):

@@ -14,10 +14,10 @@ import tvm
 from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, quantize, scratch, stage, store
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, quantize, scratch, shape, stage, store
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
-from tilewright.codegen.workload import FAMILY_LAYOUT, Layout, Operands, Workload
+from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, Layout, Operands, Workload
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
     def body() -> None:
         assert workload.family is not None
         groups = tirx.Var("G", "int32")
-        layout = FAMILY_LAYOUT[workload.family]
-        x = arg("x", at(layout, groups, GROUP, workload.k), workload.operands.activation)
+        layout = FAMILY_LANES[workload.family]
+        x = arg(
+            "x", shape(FAMILY_LAYOUT[workload.family], groups, workload.k, workload.operands.pack), workload.operands.activation
+        )
         acc = _PRODUCTS[workload.family](workload, x, groups)
         fold = arg("fold", [workload.n], "int32")
         scale = arg("scale", [workload.n], "float32")
@@ -82,7 +84,7 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
         width = row_block(workload)
 
         def integer(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
-            tile = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, _lane_of(workload.operands.pack, t)]
+            tile = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, _lane_of(workload, t)]
             return tile + fold[nb * width + ni]
 
         def real(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
@@ -148,7 +150,22 @@ def _product_gather(workload: Workload, x: Any, groups: Expr) -> Any:
     return acc
 
 
-_PRODUCTS = {"row": _product_row, "gather": _product_gather}
+def _product_column(workload: Workload, x: Any, groups: Expr) -> Any:
+    """acc[g, nb, ni, t] over weight[entries, bn, bk / pack, pack]: tokens stand packed, so a block's inputs are vectors."""
+    assert workload.block is not None
+    pack, (width, inner) = workload.operands.pack, workload.block
+    blocks, entries, packs = workload.n // width, workload.k // inner, inner // pack
+    weight, index, indptr = _sparse_args([width, packs, pack], [], blocks, workload.operands.weight)
+    acc = scratch("acc", [groups, blocks, width, GROUP], "int32")
+    spatial = {"g": groups, "nb": blocks, "ni": width, "t": GROUP}
+    with stage("product", spatial, {"e": entries, "kp": packs, "ki": pack}) as (g, nb, ni, t, e, kp, ki):
+        entry = indptr[nb] + e
+        left = x[g, T.cast(index[entry], "int32") * packs + kp, t, ki]
+        _multiply_add(acc, [g, nb, ni, t], left, weight[entry, ni, kp, ki])
+    return acc
+
+
+_PRODUCTS = {"row": _product_row, "column": _product_column, "gather": _product_gather}
 
 
 _LANES = {
@@ -159,9 +176,10 @@ _LANES = {
 """Pack to the token of each lane of an interleaved group."""
 
 
-def _lane_of(pack: int, token: Expr) -> Expr:
-    """The lane of `token`: the inverse of _LANES, which for pairs swaps the two middle quads."""
-    return token % 8 // 4 * 8 + token // 8 * 4 + token % 4 if pack == 2 else token
+def _lane_of(workload: Workload, token: Expr) -> Expr:
+    """The lane of `token`: in gather kernels the inverse of _LANES, which for pairs swaps the two middle quads."""
+    swapped = workload.family == "gather" and workload.operands.pack == 2
+    return token % 8 // 4 * 8 + token // 8 * 4 + token % 4 if swapped else token
 
 
 def _sparse_args(entry: list[int], index: list[int], blocks: int, dtype: str) -> tuple[Any, Any, Any]:
@@ -184,7 +202,7 @@ def _multiply_add(acc: Any, indices: list[Expr], left: Expr, right: Expr) -> Non
 
 
 def _epilogue_raw(workload: Workload, _: Raw, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
-    out = arg("sums", at(layout, axes["g"], GROUP, workload.n), "int32")
+    out = arg("sums", shape(layout, axes["g"], workload.n), "int32")
     with stage("epilogue", axes) as variables:
         axis = dict(zip(axes, variables, strict=True))
         store(out, value(**axis), at(layout, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"]))
@@ -205,35 +223,42 @@ def _epilogue_qkv(workload: Workload, _: Qkv, axes: dict[str, Expr], value: Any,
         real = value(**dict(zip(axes, variables, strict=True)))
         store(small, quantize(real, -127, 127, operands.attention), variables)
 
-    def put(first: Expr, g: Expr, t: Expr, packed: Expr, channels: list[Expr]) -> None:
-        """Store channels first .. first + pack: `packed` interleaved for q and k, `channels` one by one for v."""
-        lanes = len(channels) * DataType(str(channels[0].ty.dtype)).lanes
+    def put(first: Expr, g: Expr, t: Expr, packed: Expr, channels: list[Expr], lanes: Expr) -> None:
+        """Store the channels from `first` on: `packed` at `lanes` of their pack in q and k, `channels` one by one in v."""
         with T.If(first < hidden):
             with T.Then():
-                store(query, packed, [g, first // pack, t, tirx.Ramp(0, 1, lanes)])
+                store(query, packed, [g, first // pack, t, lanes])
             with T.Else(), T.If(first < 2 * hidden):
                 with T.Then():
-                    store(key, _offset(packed, operands, lanes), [g, first // pack - hidden // pack, t, tirx.Ramp(0, 1, lanes)])
+                    store(key, _offset(packed, operands, lanes.lanes), [g, first // pack - hidden // pack, t, lanes])
                 with T.Else():
                     for index, channel in enumerate(channels):
-                        last = t if lanes == pack else tirx.Ramp(0, 1, GROUP)
+                        last = t if layout == "rows" else tirx.Ramp(0, 1, GROUP)
                         store(values, channel, [g, first + index - 2 * hidden, last])
 
+    whole = width % pack == 0  # else a pack spans row-blocks, and its channels are stored with a stride
     if layout == "columns":
         order = [GROUP * p + token for token in range(GROUP) for p in range(pack)]
         with stage("scatter", {"g": axes["g"], "nb": axes["nb"], "i": 1, "t": 1}) as (g, nb, i, t):
             T.reads(small[g, nb, i * width : i * width + width, t * GROUP : t * GROUP + GROUP])
             T.writes(query[g, :, :, :], key[g, :, :, :], values[g, :, :])
-            for first in range(0, width, pack):
-                rows = [small.vload([g, nb, first + p, 0], f"{operands.attention}x{GROUP}") for p in range(pack)]
-                put(nb * width + first, g, 0, tirx.Shuffle(rows, order), rows)
+            for first in range(0, width, pack if whole else 1):
+                n = nb * width + first
+                rows = [
+                    small.vload([g, nb, first + p, 0], f"{operands.attention}x{GROUP}") for p in range(pack if whole else 1)
+                ]
+                if whole:
+                    put(n, g, 0, tirx.Shuffle(rows, order), rows, tirx.Ramp(0, 1, GROUP * pack))
+                else:
+                    put(n, g, 0, rows[0], rows, tirx.Ramp(n % pack, pack, GROUP))
     else:
         with stage("scatter", {"g": axes["g"], "t": GROUP, "nb": axes["nb"], "i": 1}) as (g, t, nb, i):
             T.reads(small[g, t, nb, i * width : i * width + width])
             T.writes(query[g, :, t, :], key[g, :, t, :], values[g, :, t])
             for first in range(0, width, pack):
                 packed = small.vload([g, t, nb, first], f"{operands.attention}x{pack}")
-                put(nb * width + first, g, t, packed, [small[g, t, nb, first + p] for p in range(pack)])
+                channels = [small[g, t, nb, first + p] for p in range(pack)]
+                put(nb * width + first, g, t, packed, channels, tirx.Ramp(0, 1, pack))
 
 
 def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
@@ -246,20 +271,21 @@ def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
 
 def _epilogue_activate(workload: Workload, epilogue: Activate, axes: dict[str, Expr], value: Any, _: Layout) -> None:
     quant = arg("quant", [2], "float32")
-    out = arg("activated", at(epilogue.consumer, axes["g"], GROUP, workload.n), workload.operands.activation)
+    pack = workload.operands.pack
+    out = arg("activated", shape(epilogue.consumer, axes["g"], workload.n, pack), workload.operands.activation)
     with stage("epilogue", axes) as variables:
         axis = dict(zip(axes, variables, strict=True))
         real = ACTIVATIONS[epilogue.activation](value(**axis)) * quant[0]
-        index = at(epilogue.consumer, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"])
+        index = at(epilogue.consumer, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"], pack)
         store(out, quantize(real, 0, 255, workload.operands.activation, quant[1]), index)
 
 
 def _epilogue_add_norm(workload: Workload, epilogue: AddNorm, axes: dict[str, Expr], value: Any, _: Layout) -> None:
     norm, groups, hidden = epilogue.norm, axes["g"], workload.n
-    residual = arg("residual", at(norm.residual, groups, GROUP, hidden), "float32")
+    residual = arg("residual", shape(norm.residual, groups, hidden), "float32")
     args = norm_args(hidden)
     outputs = norm_outputs(groups, hidden, norm, workload.operands)
-    pre = scratch("pre", at(norm.residual, groups, GROUP, hidden), "float32")
+    pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
     with stage("epilogue", axes) as variables:
         axis = dict(zip(axes, variables, strict=True))
         index = at(norm.residual, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"])

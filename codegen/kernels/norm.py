@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, quantize, scratch, stage, store
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, quantize, scratch, shape, stage, store
 from tilewright.codegen.workload import Layout, Operands
 
 
@@ -31,10 +31,10 @@ def norm_args(hidden: int) -> tuple[Any, Any, Any]:
 
 def norm_outputs(groups: Expr, hidden: int, norm: Norm, operands: Operands) -> tuple[Any, Any]:
     """Declare the outputs: the float32 stream and, if there is a consumer, the u8 copy."""
-    stream = arg("stream", at(norm.stream, groups, GROUP, hidden), "float32")
+    stream = arg("stream", shape(norm.stream, groups, hidden), "float32")
     if norm.consumer is None:
         return stream, None
-    return stream, arg("quantized", at(norm.consumer, groups, GROUP, hidden), operands.activation)
+    return stream, arg("quantized", shape(norm.consumer, groups, hidden, operands.pack), operands.activation)
 
 
 def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Operands, args: Any, outputs: Any) -> None:
@@ -67,4 +67,4 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Opera
         store(stream, real, at(norm.stream, g, t, c))
         if norm.consumer is not None:
             small = quantize(real * quant[0], 0, 255, operands.activation, quant[1])
-            store(quantized, small, at(norm.consumer, g, t, c))
+            store(quantized, small, at(norm.consumer, g, t, c, operands.pack))
