@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def compile(
     model: Annotated[Path, typer.Argument(help="Quantised Hugging Face directory or QDQ ONNX file.")],
-    target: Annotated[str, typer.Option(help="`native`, an ISA level (see check-hardware) or an LLVM CPU name.")] = "native",
+    target: Annotated[str, typer.Option(help="native, an ISA level, an LLVM CPU, an instance type or a CPU model name.")] = "native",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Artifact directory to write.", show_default="NAME.tw")
     ] = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory or ONNX file.")],
-    target: Annotated[str, typer.Option(help="ISA level or LLVM CPU name to plan for.")] = "native",
+    target: Annotated[str, typer.Option(help="What to plan for, as for compile.")] = "native",
     as_json: Json = False,
 ) -> None:
     """Show a model's layers, their density per block shape, and the kernel each would run with."""
