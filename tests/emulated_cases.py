@@ -1,0 +1,135 @@
+"""Small kernels of an ISA level with calls of them and what NumPy expects, for emulated CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import tvm
+from tvm.s_tir import Schedule
+
+from tests.kernel_harness import Array, product
+from tests.test_intrinsics import expected, loop_nest, operands
+from tilewright.codegen.kernels.attention import attention
+from tilewright.codegen.kernels.linear import Raw, linear
+from tilewright.codegen.packing import pack_linear
+from tilewright.codegen.plan import LinearPlan
+from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, GROUP, Layout, Workload
+from tilewright.schedules.apply import schedule
+from tilewright.schedules.blocks import BLOCKS, DENSE, legal
+from tilewright.schedules.intrinsics import INTRINSICS, intrinsic
+from tilewright.schedules.isa import Isa
+
+N, K, TOKENS = 96, 72, 48
+HEADS, CHANNELS, LENGTHS = 2, 16, (1, 17, 9, 15)
+Call = tuple[list[Array], Callable[[Array], None]]
+"""Arrays of a call, the output last, and the check of what it holds afterwards."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function to compile and calls of it."""
+
+    func: tvm.tirx.PrimFunc
+    calls: list[Call]
+
+
+def cases(isa: Isa) -> dict[str, Callable[[], Case]]:
+    """Name of each case of a level to what makes it: every intrinsic, every kind of linear kernel, attention."""
+    named: dict[str, Callable[[], Case]] = {}
+    for name, spec in INTRINSICS.items():
+        if spec.isa == isa.name:
+            named[name.split(".")[1]] = partial(dot, name)
+    for plan in [DENSE, *(plan for plans in BLOCKS.values() for plan in plans if legal(plan, isa))]:
+        label = "dense" if plan.block is None else f"{plan.block[0]}x{plan.block[1]}"
+        named[f"{plan.family}_{label}"] = partial(sums, isa, plan)
+    for consumer in FAMILY_LAYOUT.values():
+        named[f"attention_{consumer}"] = partial(context, isa, consumer)
+    return named
+
+
+def to_layout(x: Array, layout: Layout, pack: int, dtype: str) -> Array:
+    """x[T, C] as kernels store it."""
+    groups = x.astype(dtype).reshape(-1, GROUP, x.shape[1])
+    if layout == "packed":
+        return np.ascontiguousarray(groups.reshape(len(groups), GROUP, -1, pack).transpose(0, 2, 1, 3))
+    return np.ascontiguousarray(groups if layout == "rows" else groups.transpose(0, 2, 1))
+
+
+def from_layout(x: Array) -> Array:
+    """Inverse of `to_layout`; the layout follows from the shape, because no test has 16 channels."""
+    if x.ndim == 4:
+        x = x.transpose(0, 2, 1, 3).reshape(len(x), GROUP, -1)
+    return (x if x.shape[1] == GROUP else x.transpose(0, 2, 1)).reshape(len(x) * GROUP, -1)
+
+
+def dot(name: str) -> Case:
+    """Random and extreme operands of an intrinsic."""
+    spec = INTRINSICS[name]
+    intrinsic(spec.isa, spec.form, spec.vector)
+    sch = Schedule(tvm.IRModule({"main": loop_nest(spec)}))
+    sch.tensorize(sch.get_loops(sch.get_sblock("dot"))[1], name)
+
+    def call(seed: int, extreme: float) -> Call:
+        vector, scalar, acc = operands(spec, seed, extreme, 40)
+        return [vector, scalar, acc], partial(np.testing.assert_array_equal, expected(spec, vector, scalar, acc))
+
+    return Case(sch.mod["main"], [call(seed, extreme) for seed, extreme in enumerate((0.0, 0.5, 1.0))])
+
+
+def sums(isa: Isa, plan: LinearPlan) -> Case:
+    """Integer sums of a linear kernel: random values and an empty row-block, all at the ends of their ranges, no blocks."""
+    workload = Workload("linear", N, K, isa.name, isa.operands, "raw", plan.family, plan.block)
+    operands = isa.operands
+
+    def call(seed: int, density: float, extreme: bool) -> Call:
+        random = np.random.default_rng(seed)
+        bn, bk = plan.block or (4, 4)
+        mask = random.random((N // bn, K // bk)) < density
+        mask[1] &= extreme
+        weight = random.choice([-127, 127], (N, K)) if extreme else random.integers(-127, 128, (N, K))
+        weight = (weight * np.kron(mask, np.ones((bn, bk), int))).astype(np.int8)
+        x = random.integers(255 if extreme else 0, 256, (TOKENS, K))
+        fold = random.integers(-(2**20), 2**20, N).astype(np.int32)
+        want = to_layout(product(x, weight) + fold, FAMILY_LANES[plan.family], 1, "int32")
+        real = np.full(N, np.nan, np.float32)
+        packed = pack_linear(workload, weight).arguments().values()
+        stored = to_layout(x, FAMILY_LAYOUT[plan.family], operands.pack, operands.activation)
+        return [stored, *packed, fold, real, real, np.full_like(want, -1)], partial(np.testing.assert_array_equal, want)
+
+    return Case(schedule(linear(workload, Raw())), [call(0, 0.3, False), call(1, 1.0, True), call(2, 0.0, False)])
+
+
+def context(isa: Isa, consumer: Layout) -> Case:
+    """Attention over sequences of several lengths; the reference rounds float64, so a value may differ by one."""
+    held, hidden = isa.operands, HEADS * CHANNELS
+    workload = Workload("attention", HEADS, CHANNELS, isa.name, held, consumer)
+    random = np.random.default_rng(0)
+    q, k, v = random.integers(-127, 128, (3, TOKENS, hidden))
+    quant = np.array([0.0003, 0.8, 120], np.float32)
+    offsets = np.cumsum([0, *LENGTHS]).astype(np.int32)
+    want = np.zeros((TOKENS, hidden))
+    for start, end in pairwise(offsets):
+        for head in np.split(np.arange(hidden), HEADS):
+            scores = q[start:end, head] @ k[start:end, head].T
+            p = np.rint(255 * np.exp((scores - scores.max(-1, keepdims=True)) * np.float64(quant[0])))
+            real = p @ v[start:end, head] / p.sum(-1, keepdims=True) * np.float64(quant[1])
+            want[start:end, head] = np.clip(np.rint(real) + quant[2], 0, 255)
+
+    def check(found: Array) -> None:
+        difference = np.abs(from_layout(found) - want)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.002
+
+    inputs = [
+        to_layout(q, "packed", held.pack, held.attention),
+        to_layout(k + held.key_offset, "packed", held.pack, held.key),
+        to_layout(v, "columns", 1, held.attention),
+        offsets,
+        quant,
+    ]
+    output = to_layout(np.full((TOKENS, hidden), 85), consumer, held.pack, held.activation)
+    return Case(schedule(attention(workload, consumer, max(LENGTHS))), [([*inputs, output], check)])
