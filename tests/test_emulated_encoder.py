@@ -1,0 +1,89 @@
+"""A whole encoder on emulated CPUs: every integer that passes between its kernels is that of the AVX2 level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+import tilewright
+from tests import tiny
+from tests.emulated_cases import from_layout
+from tests.emulator import MODEL_OF_LEVEL, Encoder, Trace, emulate
+from tests.kernel_harness import Array, runs_here
+from tilewright.frontend import load
+from tilewright.pipeline import quantize
+from tilewright.schedules.isa import ISAS
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("bochscpu") is None, reason="bochscpu-python is not installed"),
+    pytest.mark.skipif(not runs_here("avx2"), reason="this CPU has no avx2, the level compared with"),
+]
+IDS, MASK = np.zeros((3, 32), np.int64), np.zeros((3, 32), np.int64)
+for row, ids in enumerate(tiny.sequences(32, 5, 18)):
+    IDS[row, : len(ids)], MASK[row, : len(ids)] = ids, 1
+BLOCKS = {"ffn.lin1.weight": (4, 1), "out_lin.weight": (16, 4)}
+INPUTS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trace]:
+    """The trace of a call at an ISA level: avx2 natively, others emulated."""
+    directory = tmp_path_factory.mktemp("encoder")
+    source = tiny.build("DistilBertForTokenClassification", dim=64, hidden_dim=128)
+    sparsify(source)
+    model = load(quantize(load(tiny.save(source, directory / "float")), tiny.texts(40), directory / "quantized"))
+
+    @cache
+    def run(isa: str) -> Trace:
+        artifact = tilewright.compile(model, isa, directory / f"{isa}.tw")
+        assert {layer.block for layer in artifact.manifest.layers} == {None, *BLOCKS.values()}
+        task = Encoder(artifact.path, INPUTS)
+        return task.run(None) if isa == "avx2" else emulate(MODEL_OF_LEVEL[isa], task)
+
+    return run
+
+
+def sparsify(model: object) -> None:
+    """Zero most blocks of the linears named in BLOCKS; the rest stays dense."""
+    random = np.random.default_rng(0)
+    for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+        for part, (bn, bk) in BLOCKS.items():
+            if part in name:
+                n, k = parameter.shape
+                mask = np.kron(random.random((n // bn, k // bk)) < 0.3, np.ones((bn, bk)))
+                parameter.data *= parameter.new_tensor(mask)
+
+
+def activations(name: str, arrays: Sequence[Array], isa: str) -> list[Array]:
+    """The integer activations of a kernel call as plain integers [tokens, channels], however the level stores them."""
+    key = {"qkv": 2, "attention": 1}.get(name.split("_")[0])
+    offset = ISAS[isa].operands.key_offset
+    return [
+        from_layout(array).astype(np.int32) - (offset if place == key else 0)
+        for place, array in enumerate(arrays)
+        if array.dtype.kind != "f" and array.ndim > 2
+    ]
+
+
+@pytest.mark.parametrize("isa", ["avxvnni", "avx512", "avx512vnni"])
+def test_integers_between_kernels_are_those_of_avx2(trace: Callable[[str], Trace], isa: str) -> None:
+    expected, found = trace("avx2"), trace(isa)
+    assert [name for name, _ in found.kernels] == [name for name, _ in expected.kernels]
+    compared = 0
+    for (name, theirs), (_, ours) in zip(expected.kernels, found.kernels, strict=True):
+        wanted, got = activations(name, theirs, "avx2"), activations(name, ours, isa)
+        for want, have in zip(wanted, got, strict=True):
+            np.testing.assert_array_equal(have, want, err_msg=name)
+            compared += want.size
+    assert compared > 2 * tiny.LAYERS * 64 * 64
+    for name, value in expected.outputs.items():
+        np.testing.assert_allclose(found.outputs[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_encoder_has_every_kind_of_kernel(trace: Callable[[str], Trace]) -> None:
+    names = {name.split("_")[0] for name, _ in trace("avx2").kernels}
+    assert names >= {"embedding", "qkv", "attention", "output", "up", "down", "head"}
