@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def compile(
     model: Annotated[Path, typer.Argument(help="Quantised Hugging Face directory or QDQ ONNX file.")],
-    target: Annotated[str, typer.Option(help="native, an ISA level, an LLVM CPU, an instance type or a CPU model name.")] = "native",
+    target: Annotated[
+        str, typer.Option(help="native, an ISA level, an LLVM CPU, an instance type or a CPU model name.")
+    ] = "native",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Artifact directory to write.", show_default="NAME.tw")
     ] = None,
@@ -67,9 +69,14 @@ def _as_json(artifact: Artifact, seconds: dict[str, float]) -> dict[str, Any]:
 
 def _print(artifact: Artifact, result: dict[str, Any]) -> None:
     console = stdout()
-    grid = table("kernel", "stored as", "shape", "stored", left=2)
+    alike: dict[tuple[str, ...], list[str]] = {}
     for layer in artifact.manifest.layers:
-        grid.add_row(layer.name, block_name(layer.block), "x".join(map(str, layer.shape)), f"{layer.density:.1%}")
+        index, _, name = layer.name.removeprefix("layer").partition(".")
+        row = (name, block_name(layer.block), "x".join(map(str, layer.shape)), f"{layer.density:.1%}")
+        alike.setdefault(row, []).append(index)
+    grid = table("kernel", "stored as", "shape", "stored", "layers", left=2)
+    for cells, indices in alike.items():
+        grid.add_row(*cells, ", ".join(indices))
     console.print(grid)
     for text in (*dict.fromkeys(layer.note for layer in artifact.manifest.layers if layer.note), *result["notes"]):
         print_note(text)

@@ -74,7 +74,7 @@ def _as_json(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]
 
 
 def _print(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) -> None:
-    config, console = report.config, stdout()
+    config, console = report.config, stdout(at_least=120)
     console.print(
         f"{model}: {config.architecture}, {report.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
         f"feed-forward {config.intermediate_size}, {config.activation}, vocabulary {config.vocab_size}, "
@@ -108,4 +108,4 @@ def _print(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) 
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+    return "-" if share is None else f"{share:.0%}"

@@ -21,11 +21,11 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run on.", s
 _PIPE_WIDTH = 120  # columns where the output is no terminal, whose width rich would take to be 80
 
 
-def stdout() -> Console:
-    """The console for results."""
+def stdout(at_least: int = 0) -> Console:
+    """The console for results; a terminal narrower than `at_least` columns breaks the lines itself."""
     console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _PIPE_WIDTH
+    piped = not console.is_terminal and "COLUMNS" not in os.environ
+    console.width = max(_PIPE_WIDTH if piped else console.width, at_least)
     return console
 
 
@@ -50,9 +50,9 @@ def print_note(text: str) -> None:
     stdout().print(f"note: {text}", markup=False, style="dim")
 
 
-def table(*columns: str, left: int = 1, title: str | None = None) -> Table:
+def table(*columns: str, left: int = 1) -> Table:
     """A table whose first `left` columns hold text and the others numbers."""
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < left else "right")
     return made
