@@ -218,6 +218,9 @@ def test_run_refuses_bad_input(tagger: Path, tmp_path: Path) -> None:
     assert "cannot be read" in refused(2, "run", artifact, "--input", source)
     source.write_text("plain text")
     assert "not an npz file" in refused(2, "run", artifact, "--input", source)
+    with source.open("wb") as file:
+        np.save(file, [[1]])
+    assert "not an npz file" in refused(2, "run", artifact, "--input", source)
     assert "0 to 49" in given(input_ids=[[50]])
     assert "0 to 49" in given(input_ids=[[-1]])
     assert "expected [batch, seq]" in given(input_ids=[1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> Arrays:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read ({error.strerror or 'not an npz file'}); give a file of np.savez") from None
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):  # TypeError: a lone npy array
         raise InvalidInput(f"{path} is not an npz file of plain arrays; write it with np.savez") from None
     unknown = [name for name in arrays if name not in names]
     if unknown or "input_ids" not in arrays:
