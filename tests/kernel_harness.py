@@ -18,16 +18,19 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.kernels.linear import Epilogue, linear
 from tilewright.codegen.packing import pack_linear
-from tilewright.codegen.workload import Family, Workload
+from tilewright.codegen.workload import FAMILY_LAYOUT, Family, Workload
 from tilewright.cpu import cpu_features
 from tilewright.schedules.apply import schedule
+from tilewright.schedules.blocks import BLOCKS, DENSE, legal
 from tilewright.schedules.isa import ISAS
 
 Array = NDArray[Any]
 Rule = Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc]
 GROUP = 16
 HOST = cpu_features()
-FAMILIES: list[tuple[Family, tuple[int, int] | None]] = [("gather", (4, 1)), ("row", (16, 4)), ("row", None)]
+Case = tuple[Family, tuple[int, int] | None]
+FAMILIES: list[Case] = [("gather", (4, 1)), ("row", (16, 4)), ("row", None), ("column", (4, 4))]
+"""One kernel of each family, and the dense one."""
 EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 """For property tests of compiled kernels; the first example compiles."""
 
@@ -45,6 +48,15 @@ def level(isa: str, *values: object) -> Any:
 
 
 LEVELS = [level(isa) for isa in ISAS]
+
+
+def linear_cases(isa: str) -> list[Case]:
+    """Every family and block that may run at level `isa`."""
+    plans = [DENSE, *(plan for plans in BLOCKS.values() for plan in plans if legal(plan, ISAS[isa]))]
+    return list(dict.fromkeys((plan.family, plan.block) for plan in plans))
+
+
+LINEAR_LEVELS = [level(isa, *case) for isa in ISAS for case in linear_cases(isa)]
 
 
 def spread(cases: Sequence[tuple[Any, ...]], families: bool = False) -> list[Any]:
@@ -101,9 +113,10 @@ class LinearKernel(Kernel):
     def arrays(self, x: Array, weight: Array, **others: Array) -> dict[str, Array]:
         """All inputs for activations x u8[T, K] and weight s8[N, K]; T is a multiple of 16, `others` are taken as they are."""
         operands = self.workload.operands
-        layout = "rows" if self.workload.family == "row" else "columns"
+        assert self.workload.family is not None
+        layout = FAMILY_LAYOUT[self.workload.family]
         return {
-            "x": to_groups(x.astype(operands.activation), layout),
+            "x": to_groups(x.astype(operands.activation), layout, operands.pack),
             **pack_linear(self.workload, weight).arguments(),
             **others,
         }
@@ -119,21 +132,27 @@ def linear_kernel(
     return LinearKernel(workload, epilogue)
 
 
-def to_groups(x: Array, layout: str) -> Array:
-    """x[T, C] as [G, 16, C] (rows) or [G, C, 16] (columns)."""
+def to_groups(x: Array, layout: str, pack: int = 1) -> Array:
+    """x[T, C] as [G, 16, C] (rows), [G, C, 16] (columns) or [G, C / pack, 16, pack] (packed)."""
     grouped = x.reshape(-1, GROUP, x.shape[1])
-    return np.ascontiguousarray(grouped if layout == "rows" else grouped.transpose(0, 2, 1))
+    if layout == "packed":
+        grouped = grouped.reshape(len(grouped), GROUP, -1, pack).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(grouped.transpose(0, 2, 1) if layout == "columns" else grouped)
 
 
 def from_groups(x: Array, layout: str) -> Array:
     """Inverse of `to_groups`."""
-    rows = x if layout == "rows" else x.transpose(0, 2, 1)
+    if layout == "packed":
+        x = x.transpose(0, 2, 1, 3).reshape(len(x), GROUP, -1)
+    rows = x.transpose(0, 2, 1) if layout == "columns" else x
     return np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
 
 
-def group_shape(tokens: int, channels: int, layout: str) -> tuple[int, int, int]:
+def group_shape(tokens: int, channels: int, layout: str, pack: int = 1) -> tuple[int, ...]:
     """Shape of `to_groups`."""
     groups = tokens // GROUP
+    if layout == "packed":
+        return groups, channels // pack, GROUP, pack
     return (groups, GROUP, channels) if layout == "rows" else (groups, channels, GROUP)
 
 

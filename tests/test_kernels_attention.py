@@ -10,13 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernel_harness import EXAMPLES, LEVELS, Array, Kernel, assert_u8, from_groups, group_shape, level, round_up
+from tests.kernel_harness import (
+    EXAMPLES,
+    LEVELS,
+    Array,
+    Kernel,
+    assert_u8,
+    from_groups,
+    group_shape,
+    level,
+    round_up,
+    to_groups,
+)
 from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.isa import ISAS
 
 # heads, channels, longest sequence, consumer; longest is no multiple of 4 in two
-SIZES = [(2, 16, 40, "rows"), (3, 32, 41, "columns"), (4, 8, 33, "rows"), (1, 4, 20, "columns"), (2, 64, 400, "rows")]
+SIZES = [(2, 16, 40, "rows"), (3, 32, 41, "columns"), (4, 8, 33, "rows"), (1, 4, 20, "columns"), (2, 64, 400, "packed")]
 LENGTHS = {
     longest: st.lists(st.integers(1, longest), min_size=1, max_size=1 if longest > 100 else 6) for _, _, longest, _ in SIZES
 }
@@ -34,25 +45,21 @@ def run(isa: str, size: tuple, lengths: list[int], q: Array, k: Array, v: Array,
     hidden = heads * channels
     held = ISAS[isa].operands
     offsets = np.cumsum([0, *lengths]).astype(np.int32)
-    padded = round_up(offsets[-1]) + 16
+    padded = round_up(offsets[-1])
 
     def fill(array: Array, dtype: str, offset: int = 0) -> Array:
         whole = garbage.integers(-127, 128, (padded, hidden))
         whole[: len(array)] = array
         return (whole + offset).astype(dtype)
 
-    def packed(array: Array) -> Array:
-        split = array.reshape(padded // 16, 16, hidden // held.pack, held.pack)
-        return np.ascontiguousarray(split.transpose(2, 0, 1, 3))
-
     inputs = {
-        "query": packed(fill(q, held.attention)),
-        "key": packed(fill(k, held.key, held.key_offset)),
-        "value": np.ascontiguousarray(fill(v, held.attention).T.reshape(hidden, -1, 16)),
+        "query": to_groups(fill(q, held.attention), "packed", held.pack),
+        "key": to_groups(fill(k, held.key, held.key_offset), "packed", held.pack),
+        "value": to_groups(fill(v, held.attention), "columns"),
         "offsets": offsets,
         "quant": quant,
     }
-    shape = group_shape(padded - 16, hidden, consumer)
+    shape = group_shape(padded, hidden, consumer, held.pack)
     return from_groups(compiled(isa, *size)(inputs, {"context": shape})["context"], consumer)
 
 

@@ -29,7 +29,6 @@ from tilewright.codegen.kernels.norm import Norm
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.isa import ISAS
 
-LAYOUTS = ("rows", "columns")
 SEEDS = st.integers(0, 2**32 - 1)
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 HIDDEN, WORDS, POSITIONS = 48, 70, 40
@@ -47,8 +46,13 @@ def embedding_kernel(isa: str, types: int, residual, stream, consumer) -> Kernel
 
 EMBEDDINGS = [
     (types, residual, stream, consumer)
-    for residual in LAYOUTS
-    for types, stream, consumer in ((0, residual, "rows"), (2, residual, "columns"), (1, "rows", None))
+    for residual in ("rows", "columns")
+    for types, stream, consumer in (
+        (0, residual, "rows"),
+        (2, residual, "columns"),
+        (1, "rows", None),
+        (2, residual, "packed"),
+    )
 ]
 
 
@@ -65,7 +69,7 @@ def test_embedding(isa: str, types: int, residual, stream, consumer, tokens: int
     quant = np.array([random.uniform(10, 60), random.integers(0, 256)], np.float32)
     outputs = {"stream": group_shape(round_up(tokens), HIDDEN, stream)}
     if consumer is not None:
-        outputs["quantized"] = group_shape(round_up(tokens), HIDDEN, consumer)
+        outputs["quantized"] = group_shape(round_up(tokens), HIDDEN, consumer, ISAS[isa].operands.pack)
     inputs = {**ids, **tables, "gamma": gamma, "beta": beta, "quant": quant}
     found = embedding_kernel(isa, types, residual, stream, consumer)(inputs, outputs)
 

@@ -8,29 +8,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.kernel_harness import EXAMPLES, Array, from_groups, group_shape, level, linear_kernel, product, round_up
+from tests.kernel_harness import (
+    EXAMPLES,
+    FAMILIES,
+    LINEAR_LEVELS,
+    Array,
+    from_groups,
+    group_shape,
+    level,
+    linear_cases,
+    linear_kernel,
+    product,
+    round_up,
+)
 from tilewright.codegen.kernels.linear import Raw
+from tilewright.codegen.workload import FAMILY_LANES
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.isa import ISAS
 
-# family, block, N, K; K of (60), (52) and (20) is no multiple of 16, and of (50) none of 4
-CASES = [
-    ("gather", (4, 1), 64, 64),
-    ("gather", (4, 1), 96, 60),
+# K = 60 is no multiple of 16, and 50 none of 4; 20 leaves a single group of columns
+SIZES = [(96, 60), (192, 768)]
+MORE = [
     ("gather", (4, 1), 4, 50),
-    ("gather", (4, 1), 192, 768),
     ("row", (16, 4), 64, 64),
-    ("row", (16, 4), 96, 52),
-    ("row", (16, 4), 192, 768),
-    ("row", (32, 4), 96, 64),
-    ("row", (32, 4), 32, 20),
-    ("row", None, 64, 64),
     ("row", None, 96, 20),
     ("row", None, 80, 64),
-    ("row", None, 192, 768),
+    ("column", (1, 4), 3, 4),
 ]
-LARGE = [(family, block, 768, 768) for family, block in (("gather", (4, 1)), ("row", (16, 4)), ("row", (32, 4)), ("row", None))]
-PARAMETERS = [level(isa, *case) for isa in ISAS for case in CASES]
+PARAMETERS = [level(isa, *case, *size) for isa in ISAS for case in linear_cases(isa) for size in SIZES]
+PARAMETERS += [level(isa, *case) for isa in ISAS for case in MORE]
 TOKENS = st.one_of(st.sampled_from([1, 15, 16, 17, 400]), st.integers(1, 400))
 MASKS = ("none", "one block", "tiny", "fifth", "all", "uneven", "empty rows", "one full row")
 VALUES = ("random", "highest", "lowest", "zero activations", "alternating")
@@ -82,7 +88,7 @@ def check(isa: str, family, block, n: int, k: int, tokens: int, mask: str, value
     x = draw_activations(random, values, round_up(tokens), k)
     fold = random.integers(-(2**20), 2**20, n).astype(np.int32)
     unused = np.full(n, np.nan, np.float32)
-    layout = "rows" if family == "row" else "columns"
+    layout = FAMILY_LANES[family]
     inputs = kernel.arrays(x, weight, fold=fold, scale=unused, bias=unused)
     sums = kernel(inputs, {"sums": group_shape(len(x), n, layout)})["sums"]
     np.testing.assert_array_equal(from_groups(sums, layout), product(x, weight) + fold)
@@ -95,7 +101,9 @@ def test_sums_are_exact(isa: str, family, block, n: int, k: int, tokens: int, ma
     check(isa, family, block, n, k, tokens, mask, values, seed)
 
 
-@pytest.mark.parametrize(("isa", "family", "block", "n", "k"), [level(isa, *case) for isa in ISAS for case in LARGE])
+@pytest.mark.parametrize(
+    ("isa", "family", "block", "n", "k"), [level(isa, *case, 768, 768) for isa in ISAS for case in FAMILIES]
+)
 def test_sums_of_a_real_size_are_exact(isa: str, family, block, n: int, k: int) -> None:
     for seed, (tokens, mask, values) in enumerate(
         [
@@ -109,7 +117,7 @@ def test_sums_of_a_real_size_are_exact(isa: str, family, block, n: int, k: int) 
         check(isa, family, block, n, k, tokens, mask, values, seed)
 
 
-@pytest.mark.parametrize(("isa", "family", "block", "n", "k"), [level(isa, *CASES[i]) for isa in ISAS for i in (0, 4, 9)])
+@pytest.mark.parametrize(("isa", "family", "block", "n", "k"), [level(isa, *case, 96, 60) for isa in ISAS for case in FAMILIES])
 def test_all_masks_and_values(isa: str, family, block, n: int, k: int) -> None:
     """Every combination once, so that none depends on the luck of the draw."""
     for mask in MASKS:
@@ -117,15 +125,15 @@ def test_all_masks_and_values(isa: str, family, block, n: int, k: int) -> None:
             check(isa, family, block, n, k, 17, mask, values, 0)
 
 
-@pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case[:2]) for isa in ISAS for case in LARGE])
+@pytest.mark.parametrize(("isa", "family", "block"), LINEAR_LEVELS)
 def test_padding_entries_add_nothing(isa: str, family, block) -> None:
     """Entries that fill up a row-block point at channel 0, which here is as large as can be."""
-    n, k = 64, 64
+    n, k = 96, 60
     kernel = linear_kernel(isa, family, block, n, k, Raw())
     bn, bk = block or (1, 1)
     x = np.zeros((16, k), np.uint8)
     x[:, :4] = 255
-    layout = "rows" if family == "row" else "columns"
+    layout = FAMILY_LANES[family]
     for count in range(1, 8):  # blocks of a row-block: every remainder of the packing
         mask = np.zeros((n // bn, k // bk), np.int8)
         mask[:, -count:] = 1
@@ -136,7 +144,7 @@ def test_padding_entries_add_nothing(isa: str, family, block) -> None:
         np.testing.assert_array_equal(from_groups(sums, layout), product(x, weight))
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if ISAS[isa].lanes == 16])
+@pytest.mark.parametrize("isa", ["avx2", "avx512vnni"])
 def test_row_blocks_narrower_than_a_vector_are_refused(isa: str) -> None:
-    with pytest.raises(ScheduleMismatch, match=r"row kernel of 24x64 .* multiple of 16"):
-        linear_kernel(isa, "row", None, 24, 64, Raw())
+    with pytest.raises(ScheduleMismatch, match=r"row kernel of 64x64 on \w+ got a row-block of 4 outputs; .* multiple of"):
+        linear_kernel(isa, "row", (4, 4), 64, 64, Raw())

@@ -11,7 +11,7 @@ from tilewright.codegen.packing import PackedLinear, pack_linear
 from tilewright.codegen.workload import INT8_QUADS, INT16_PAIRS, Operands, Workload
 from tilewright.errors import InvalidModel, UnsupportedModel
 
-CASES = [*FAMILIES, ("row", (32, 4))]
+CASES = [*FAMILIES, ("row", (32, 4)), ("gather", (16, 1)), ("column", (1, 4)), ("column", (8, 4))]
 OPERANDS = {"pairs": INT16_PAIRS, "quads": INT8_QUADS}
 
 
@@ -42,6 +42,9 @@ def unpack(own: Workload, packed: PackedLinear) -> Array:
             if own.family == "row":
                 first = int(packed.index[entry]) * bk
                 part[:, first : first + bk] += packed.weight[entry].transpose(1, 0, 2).reshape(bn, bk)
+            elif own.family == "column":
+                first = int(packed.index[entry]) * bk
+                part[:, first : first + bk] += packed.weight[entry].reshape(bn, bk)
             else:
                 for p in range(pack):
                     part[:, packed.index[entry, p] // row_units(own.operands)] += packed.weight[entry, :, p]
@@ -88,7 +91,7 @@ def test_round_trip(family, block, operands: str, rows: int, columns: int, densi
 def test_dtypes_are_those_the_kernels_declare(family, block, operands: str) -> None:
     held = OPERANDS[operands]
     packed = pack_linear(workload(family, block, 32, 32, held), np.ones((32, 32), np.int8))
-    assert packed.weight.dtype == (held.weight if family == "gather" else np.int8)
+    assert packed.weight.dtype == (np.int8 if family == "row" else held.weight)
     assert packed.weight.flags.c_contiguous
     if block is not None:
         assert (packed.index.dtype, packed.indptr.dtype) == (np.uint16, np.int32)

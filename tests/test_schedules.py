@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -19,11 +20,12 @@ from tests.kernel_harness import (
     group_shape,
     innermost_loops,
     level,
+    linear_cases,
     linear_kernel,
     product,
     vector_stack_accesses,
 )
-from tilewright.codegen.block_sparse import BLOCK_SHAPES
+from tilewright.codegen.block_sparse import BLOCK_SHAPES, detect_block
 from tilewright.codegen.kernels.linear import Activate, Raw, linear, row_block
 from tilewright.codegen.model import (
     Attention,
@@ -38,13 +40,13 @@ from tilewright.codegen.model import (
 )
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.trim import trim_sparse_axis
-from tilewright.codegen.workload import ATTRIBUTE, FAMILY_LAYOUT, GROUP, Workload
+from tilewright.codegen.workload import ATTRIBUTE, FAMILY_LANES, FAMILY_LAYOUT, GROUP, Workload
+from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.apply import apply, describe
-from tilewright.schedules.blocks import BLOCKS, DENSE, plan
+from tilewright.schedules.blocks import BLOCKS, DENSE, choose, plan, register_block
 from tilewright.schedules.isa import ISAS, Isa
 from tilewright.schedules.linear import LinearDecisions, default_decisions, schedule_linear
 
-CASES = [*FAMILIES, ("row", (32, 4))]
 MULTIPLY = {
     "portable": r"\bpmaddwd\b.*%xmm",
     "avx2": r"\bvpmaddwd\b.*%ymm",
@@ -59,8 +61,10 @@ def kernel(isa: str, family, block) -> LinearKernel:
     return linear_kernel(isa, family, block, 768, 768, Activate("gelu", FAMILY_LAYOUT[family]))
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("family", "block"), CASES)
+EVERY = [(isa, *case) for isa in ISAS for case in linear_cases(isa)]
+
+
+@pytest.mark.parametrize(("isa", "family", "block"), EVERY)
 def test_the_levels_instruction_does_the_work(isa: str, family, block) -> None:
     loops = list(innermost_loops(kernel(isa, family, block).assembly, MULTIPLY[isa]))
     assert loops
@@ -68,8 +72,7 @@ def test_the_levels_instruction_does_the_work(isa: str, family, block) -> None:
         assert not [line for line in body if re.match(r"v?(pmul|imul|mulps)", line)]  # none is left to scalars
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"])
-@pytest.mark.parametrize(("family", "block"), CASES)
+@pytest.mark.parametrize(("isa", "family", "block"), [case for case in EVERY if case[0] != "portable"])
 def test_accumulators_stay_in_registers(isa: str, family, block) -> None:
     """No load or store of a vector on the stack in the loop that multiplies. SSE2's sixteen registers are too few."""
     for body in innermost_loops(kernel(isa, family, block).assembly, MULTIPLY[isa]):
@@ -77,7 +80,7 @@ def test_accumulators_stay_in_registers(isa: str, family, block) -> None:
         assert not [line for line in body if re.match(r"v?mov\w+\s+%[xyz]mm\d+, .*\(", line)]  # nor a store elsewhere
 
 
-@pytest.mark.parametrize(("family", "block"), CASES)
+@pytest.mark.parametrize(("family", "block"), FAMILIES)
 def test_portable_has_no_avx(family, block) -> None:
     assembly = kernel("portable", family, block).assembly
     assert "pmaddwd" in assembly
@@ -87,7 +90,7 @@ def test_portable_has_no_avx(family, block) -> None:
 DECISIONS = {"rows": (1, 8, 16), "chunks": (1, 2)}
 
 
-@pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case) for isa in ISAS for case in CASES])
+@pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case) for isa in ISAS for case in FAMILIES])
 def test_every_decision_gives_the_same_sums(isa: str, family, block) -> None:
     """A tuner may choose any: each field is varied from the default."""
     n, k = 192, 64
@@ -97,9 +100,9 @@ def test_every_decision_gives_the_same_sums(isa: str, family, block) -> None:
     weight = (random.integers(-127, 128, (n, k)) * mask).astype(np.int8)
     x = random.integers(0, 256, (48, k)).astype(np.uint8)
     workload = Workload("linear", n, k, isa, ISAS[isa].operands, "raw", family, block)
-    layout = FAMILY_LAYOUT[family]
+    layout = FAMILY_LANES[family]
     for field, values in DECISIONS.items():
-        for value in values if (field, family) != ("rows", "gather") else ():
+        for value in values if field != "rows" or family == "row" else ():
             decisions = dataclasses.replace(default_decisions(workload), **{field: value})
             kernel = LinearKernel(workload, Raw(), partial(scheduled, workload, decisions))
             zeros = np.zeros(n, np.float32)
@@ -118,8 +121,7 @@ def test_every_field_that_a_tuner_may_choose_is_varied_above() -> None:
     assert set(DECISIONS) == {field.name for field in dataclasses.fields(LinearDecisions)}
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("family", "block"), CASES)
+@pytest.mark.parametrize(("isa", "family", "block"), EVERY)
 @pytest.mark.parametrize("n", [96, 768, 2304, 3072])
 def test_default_decisions_divide_the_kernel(isa: str, family, block, n: int) -> None:
     workload = Workload("linear", n, 768, isa, ISAS[isa].operands, "", family, block)
@@ -160,51 +162,83 @@ def model_of(*blocks: tuple[tuple[int, int] | None, ...]) -> EncoderModel:
     return EncoderModel(config, Embeddings(table, table, None, norm), tuple(layers), Head("none"))
 
 
-def test_every_block_shape_that_is_looked_for_has_a_plan() -> None:
+def test_every_block_shape_that_is_looked_for_has_plans() -> None:
     assert set(BLOCKS) == set(BLOCK_SHAPES)
-    for found, chosen in BLOCKS.items():
-        stored = chosen.block or (1, 1)
-        assert found[0] % stored[0] == found[1] % stored[1] == 0 or chosen.block is None  # blocks split into stored ones
-        assert bool(chosen.reason) == (chosen.block != found)  # the manifest says why
+    for found, plans in BLOCKS.items():
+        for candidate in plans:
+            assert candidate.block is not None
+            assert found[0] % candidate.block[0] == found[1] % candidate.block[1] == 0  # a block splits into stored ones
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
 @pytest.mark.parametrize("block", BLOCK_SHAPES)
-def test_plans_have_kernels_at_every_level(isa: str, block: tuple[int, int]) -> None:
-    """What the table names can be scheduled, at the smallest size that the shape divides."""
-    chosen = BLOCKS[block]
-    workload = Workload("linear", 96, 64, isa, ISAS[isa].operands, "raw", chosen.family, chosen.block)
-    assert MULTIPLY[isa]
-    assert re.search(MULTIPLY[isa], LinearKernel(workload, Raw()).assembly)
+def test_every_block_shape_has_a_sparse_kernel_at_every_level(isa: Isa, block: tuple[int, int]) -> None:
+    chosen = choose(block, isa)
+    assert chosen.block is not None
+    assert (chosen.family, chosen.block) in linear_cases(isa.name)  # which the other tests compile and run
+    assert bool(chosen.reason) == (chosen.block != block)  # the manifest says why
 
 
 @pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
 def test_plan_of_a_model(isa: Isa) -> None:
-    fine, coarse = (4, 1), (16, 4)
-    made = plan(model_of((fine,) * 6, (coarse, coarse, coarse, None, fine, (1, 4))), isa)
+    fine, square, coarse = (4, 1), (4, 4), (16, 4)
+    made = plan(model_of((fine,) * 6, (coarse, coarse, coarse, None, fine, (64, 64))), isa)
     assert (made.isa, made.operands) == (isa.name, isa.operands)
-    assert made.residual == "columns"  # five of eight kernels read columns
+    assert made.residual == "columns"  # five of eight kernels have tokens for lanes
     assert set(made.layers[0].linears()) == {LinearPlan("gather", fine)}
     second = made.layers[1]
     assert (second.qkv, second.output, second.up) == (LinearPlan("row", coarse), DENSE, LinearPlan("gather", fine))
     assert (second.down.family, second.down.block) == ("row", None)
-    assert "dense" in second.down.reason
+    assert "no kernel for block (64, 64)" in second.down.reason
     assert plan(model_of((coarse,) * 6), isa).residual == "rows"
+    assert plan(model_of((square,) * 6), isa).residual == "columns"
 
 
 def test_query_key_and_value_share_one_kernel() -> None:
-    fine, square, coarse = (4, 1), (4, 4), (16, 4)
+    fine, coarse = (4, 1), (16, 4)
     isa = ISAS["avx2"]
-    same, stored, mixed, half = (
+    same, mixed, half = (
         plan(model_of((*first, None, None, None)), isa).layers[0].qkv
-        for first in ((fine,) * 3, (fine, square, fine), (fine, coarse, fine), (fine, fine, None))
+        for first in ((fine,) * 3, (fine, coarse, fine), (fine, fine, None))
     )
     assert same == LinearPlan("gather", fine)
-    assert (stored.family, stored.block) == ("gather", fine)
-    assert stored.reason
     for merged in (mixed, half):
         assert (merged.family, merged.block) == ("row", None)
         assert "q, k and v" in merged.reason
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Puts back what a test registers."""
+    plans, shapes = dict(BLOCKS), list(BLOCK_SHAPES)
+    yield
+    BLOCKS.clear()
+    BLOCKS.update(plans)
+    BLOCK_SHAPES[:] = shapes
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_block_shape_is_found_and_planned() -> None:
+    shape, stored = (64, 4), LinearPlan("row", (32, 4))
+    weight = np.kron(np.eye(4, 64), np.ones(shape)).astype(np.int8)
+    assert detect_block(weight) != shape
+    register_block(shape, stored)
+    assert detect_block(weight) == shape
+    for isa in ISAS.values():
+        assert choose(shape, isa).block == (32, 4)
+
+
+@pytest.mark.usefixtures("registry")
+def test_block_shapes_without_a_kernel_are_not_registered() -> None:
+    before = dict(BLOCKS)
+    for candidate, message in (
+        (LinearPlan("row", (16, 4)), r"block \(24, 4\) cannot be stored as \(16, 4\)"),
+        (LinearPlan("row", None), "cannot be stored as None"),
+        (LinearPlan("row", (24, 2)), r"block \(24, 4\) has no kernel on \w+"),
+    ):
+        with pytest.raises(ScheduleMismatch, match=message):
+            register_block((24, 4), candidate)
+    assert before == BLOCKS
 
 
 def test_a_model_without_layers_has_a_plan() -> None:
