@@ -88,7 +88,8 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
         sch.unroll(loop)
     for block in (init, epilogue):
         outputs, lanes = sch.get_loops(block)[-2:]
-        sch.unroll(outputs)
+        if row_block(workload) > 1:  # else there is no loop over a row-block's outputs: it would be the one over row-blocks
+            sch.unroll(outputs)
         sch.vectorize(lanes)
 
 
