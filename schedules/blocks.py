@@ -23,12 +23,12 @@ BLOCKS: dict[Block, tuple[LinearPlan, ...]] = {
     (4, 4): (LinearPlan("column", (4, 4)),),
     (8, 1): (LinearPlan("gather", (8, 1)), LinearPlan("gather", (4, 1))),
     (8, 2): (LinearPlan("row", (8, 2)), LinearPlan("gather", (8, 1)), LinearPlan("gather", (4, 1))),
-    (8, 4): (LinearPlan("column", (8, 4)),),
+    (8, 4): (LinearPlan("column", (8, 4)), LinearPlan("column", (4, 4))),
     (16, 1): (LinearPlan("gather", (16, 1)), LinearPlan("gather", (4, 1))),
     (16, 4): (LinearPlan("row", (16, 4)),),
     (32, 4): (LinearPlan("row", (32, 4)),),
 }
-"""What may run for each block shape, best first: the first that is legal on the ISA level is used.
+"""What may run for each block shape, best first: the first that is legal and fits the registers of an ISA level is used.
 
 A plan may store smaller blocks than were found, as (8, 1) blocks are stored as (4, 1) where registers are few.
 """
@@ -51,16 +51,21 @@ def register_block(block: Block, *plans: LinearPlan) -> None:
 
 
 def legal(plan: LinearPlan, isa: Isa) -> bool:
-    """Whether `plan` fits the level's intrinsics and its accumulators half of the registers."""
+    """Whether the level's intrinsics can compute `plan`."""
     if plan.block is None:
         return True
     (outputs, inputs), pack = plan.block, isa.operands.pack
     if plan.family == "row":
         return outputs % intrinsic(isa.name, "outputs", "int8").lanes == 0 and inputs % pack == 0
-    fits = outputs * GROUP // isa.lanes <= (16 if isa.lanes < GROUP else 24)
-    if plan.family == "column":
-        return fits and inputs % pack == 0
-    return inputs == 1 and outputs * GROUP // isa.lanes <= (8 if isa.lanes < GROUP else 16) or plan.block == (4, 1)
+    return inputs % pack == 0 if plan.family == "column" else inputs == 1
+
+
+def _fits(plan: LinearPlan, isa: Isa) -> bool:
+    """Whether a block's accumulators leave registers for its operands: gather holds an interleaved group beside them."""
+    if plan.block is None or plan.family == "row":
+        return True
+    registers = 32 if isa.lanes == GROUP else 16
+    return plan.block[0] * GROUP // isa.lanes <= (registers // 2 if plan.family == "gather" else registers)
 
 
 def plan(model: EncoderModel, isa: Isa) -> Plan:
@@ -82,9 +87,10 @@ def choose(block: Block | None, isa: Isa) -> LinearPlan:
     """The plan for a linear in which `block` was found (None: dense)."""
     if block is None:
         return DENSE
-    chosen = next((plan for plan in BLOCKS.get(block, ()) if legal(plan, isa)), None)
-    if chosen is None:
+    plans = [plan for plan in BLOCKS.get(block, ()) if legal(plan, isa)]
+    if not plans:
         return dataclasses.replace(DENSE, reason=f"computed as dense: no kernel for block {block} on {isa.name}")
+    chosen = next((plan for plan in plans if _fits(plan, isa)), plans[-1])
     if chosen.block != block:
         return dataclasses.replace(chosen, reason=f"block {block} stored as {chosen.block} on {isa.name}")
     return chosen
