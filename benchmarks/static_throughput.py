@@ -23,7 +23,8 @@ from pathlib import Path
 
 import tvm
 
-from tilewright.codegen.kernels.linear import Raw, linear
+from tilewright.codegen.kernels.epilogue import Raw
+from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.apply import schedule

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.kernels.common import shape
 from tilewright.codegen.kernels.embedding import embedding
+from tilewright.codegen.kernels.epilogue import Activate, AddNorm, Epilogue, Qkv
 from tilewright.codegen.kernels.head import VECTOR, mean_pool, padded_width, sequence_head, token_head
-from tilewright.codegen.kernels.linear import Activate, AddNorm, Epilogue, Qkv, linear
+from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.kernels.norm import Norm
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear, Quantization
 from tilewright.codegen.packing import pack_linear

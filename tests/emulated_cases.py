@@ -14,7 +14,8 @@ from tvm.s_tir import Schedule
 from tests.kernel_harness import Array, product
 from tests.test_intrinsics import expected, loop_nest, operands
 from tilewright.codegen.kernels.attention import attention
-from tilewright.codegen.kernels.linear import Raw, linear
+from tilewright.codegen.kernels.epilogue import Raw
+from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, GROUP, Layout, Workload

@@ -16,7 +16,8 @@ import tvm
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
-from tilewright.codegen.kernels.linear import Epilogue, linear
+from tilewright.codegen.kernels.epilogue import Epilogue
+from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.workload import FAMILY_LAYOUT, Family, Workload
 from tilewright.cpu import cpu_features
@@ -33,6 +34,8 @@ FAMILIES: list[Case] = [("gather", (4, 1)), ("row", (16, 4)), ("row", None), ("c
 """One kernel of each family, and the dense one."""
 EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 """For property tests of compiled kernels; the first example compiles."""
+FEW_EXAMPLES = settings(EXAMPLES, max_examples=10)
+"""Where most of the time goes into the reference, or levels differ in nothing but LLVM's target."""
 
 
 def runs_here(isa: str) -> bool:

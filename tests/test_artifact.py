@@ -166,7 +166,7 @@ def test_unwritable_output_is_refused(tmp_path: Path, toy_library: Path, monkeyp
         toy.write(tmp_path / "x.tw", toy_library)
 
 
-@pytest.mark.parametrize("step", ["write_weights", "_sha256", "replace"])
+@pytest.mark.parametrize("step", ["write_weights", "sha256", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("existing", [False, True])
 def test_interrupted_write_leaves_what_was_there(

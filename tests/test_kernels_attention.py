@@ -18,8 +18,8 @@ from tests.kernel_harness import (
     assert_u8,
     from_groups,
     group_shape,
-    level,
     round_up,
+    spread,
     to_groups,
 )
 from tilewright.codegen.kernels.attention import attention
@@ -99,9 +99,7 @@ def check(isa: str, size: tuple, lengths: list[int], values: str, sharpness: flo
     assert not found[tokens:].any()
 
 
-@pytest.mark.parametrize(
-    ("isa", "heads", "channels", "longest", "consumer"), [level(isa, *size) for isa in ISAS for size in SIZES]
-)
+@pytest.mark.parametrize(("isa", "heads", "channels", "longest", "consumer"), spread(SIZES))
 @EXAMPLES
 @given(data=st.data(), sharpness=st.sampled_from([0.1, 1.0, 5.0, 50.0]), seed=st.integers(0, 2**32 - 1))
 def test_attention(isa: str, heads: int, channels: int, longest: int, consumer: str, data, sharpness: float, seed: int) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernel_harness import (
-    EXAMPLES,
+    FEW_EXAMPLES,
     LEVELS,
     Array,
     Kernel,
@@ -57,7 +57,7 @@ EMBEDDINGS = [
 
 
 @pytest.mark.parametrize(("isa", "types", "residual", "stream", "consumer"), spread(EMBEDDINGS))
-@EXAMPLES
+@FEW_EXAMPLES
 @given(tokens=st.integers(1, 80), seed=SEEDS)
 def test_embedding(isa: str, types: int, residual, stream, consumer, tokens: int, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def random_linear(random: np.random.Generator, n: int, k: int) -> tuple[Array, A
 
 
 @pytest.mark.parametrize(("isa", "width"), spread([(1,), (2,), (3,), (16,), (17,), (213,)]))
-@EXAMPLES
+@FEW_EXAMPLES
 @given(tokens=st.integers(1, 60), seed=SEEDS)
 def test_token_head(isa: str, width: int, tokens: int, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def test_token_head(isa: str, width: int, tokens: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@EXAMPLES
+@FEW_EXAMPLES
 @given(tokens=st.integers(1, 60), seed=SEEDS)
 def test_question_answering_head(isa: str, tokens: int, seed: int) -> None:
     """Two columns, each an output of its own."""
@@ -142,7 +142,7 @@ HEADS = [(1, None), (17, None), (3, "tanh"), (17, "relu"), (2, "relu"), (16, "ta
 
 
 @pytest.mark.parametrize(("isa", "width", "activation"), spread(HEADS))
-@EXAMPLES
+@FEW_EXAMPLES
 @given(lengths=LENGTHS, seed=SEEDS)
 def test_sequence_head(isa: str, width: int, activation: str | None, lengths: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -164,7 +164,7 @@ def pool_kernel(isa: str) -> Kernel:
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@EXAMPLES
+@FEW_EXAMPLES
 @given(lengths=LENGTHS, seed=SEEDS)
 def test_mean_pool(isa: str, lengths: list[int], seed: int) -> None:
     x, offsets = sequences(np.random.default_rng(seed), lengths)

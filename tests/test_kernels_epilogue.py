@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernel_harness import (
-    EXAMPLES,
     FAMILIES,
+    FEW_EXAMPLES,
     LEVELS,
     Array,
     LinearKernel,
@@ -26,7 +26,7 @@ from tests.kernel_harness import (
     spread,
     to_groups,
 )
-from tilewright.codegen.kernels.linear import Activate, AddNorm, Qkv
+from tilewright.codegen.kernels.epilogue import Activate, AddNorm, Qkv
 from tilewright.codegen.kernels.norm import Norm
 from tilewright.schedules.isa import ISAS
 
@@ -55,7 +55,7 @@ def draw(kernel: LinearKernel, seed: int, tokens: int, size: float) -> tuple[dic
 
 
 @pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case) for isa in ISAS for case in FAMILIES])
-@EXAMPLES
+@FEW_EXAMPLES
 @given(tokens=TOKENS, seed=SEEDS, size=st.sampled_from([0.4, 30.0, 300.0]))
 def test_qkv(isa: str, family, block, tokens: int, seed: int, size: float) -> None:
     hidden = 48
@@ -84,7 +84,7 @@ ACTIVATE = list(combinations(("gelu", "gelu_tanh", "relu"), CONSUMERS))
 
 
 @pytest.mark.parametrize(("isa", "family", "block", "name", "consumer"), spread(ACTIVATE, families=True))
-@EXAMPLES
+@FEW_EXAMPLES
 @given(tokens=TOKENS, seed=SEEDS, size=st.sampled_from([0.1, 1.0, 4.0, 1e4]))
 def test_activate(isa: str, family, block, name: str, consumer, tokens: int, seed: int, size: float) -> None:
     n = 96
@@ -102,7 +102,7 @@ NORMS = list(combinations(STREAMS, STREAMS, (*CONSUMERS, None)))
 
 
 @pytest.mark.parametrize(("isa", "family", "block", "residual", "stream", "consumer"), spread(NORMS, families=True))
-@EXAMPLES
+@FEW_EXAMPLES
 @given(tokens=TOKENS, seed=SEEDS, size=st.sampled_from([1e-2, 1.0, 50.0]), mean=st.sampled_from([0.0, 20.0]))
 def test_add_norm(
     isa: str, family, block, residual, stream, consumer, tokens: int, seed: int, size: float, mean: float

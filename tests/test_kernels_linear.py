@@ -21,7 +21,7 @@ from tests.kernel_harness import (
     product,
     round_up,
 )
-from tilewright.codegen.kernels.linear import Raw
+from tilewright.codegen.kernels.epilogue import Raw
 from tilewright.codegen.workload import FAMILY_LANES
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.isa import ISAS

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from tests.kernel_harness import LEVELS, Array, Kernel, linear_kernel
 from tilewright.codegen.kernels import math as kernel_math
 from tilewright.codegen.kernels.attention import attention
-from tilewright.codegen.kernels.linear import Activate, AddNorm
+from tilewright.codegen.kernels.epilogue import Activate, AddNorm
 from tilewright.codegen.kernels.norm import Norm
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.isa import ISAS
