@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
+from tilewright.codegen.coding import code_table
 from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.kernels.common import shape
 from tilewright.codegen.kernels.embedding import embedding
@@ -122,7 +123,9 @@ class _Lowering:
 
     def _embedding(self, inputs: list[str]) -> tuple[str, str]:
         tables = self.model.embeddings
-        arrays = {"word": tables.word, "position": tables.position}
+        coded = code_table(tables.word)
+        arrays: dict[str, Array] = {"word": tables.word} if coded is None else {"word": coded.codes, "grid": coded.grid}
+        arrays["position"] = tables.position
         if tables.token_type is not None:
             arrays["token_type"] = tables.token_type
         names = self.program.add_parameters("embeddings", arrays)
@@ -130,12 +133,18 @@ class _Lowering:
         words, hidden = tables.word.shape
         types = 0 if tables.token_type is None else len(tables.token_type)
         workload = Workload(
-            "embedding", words, hidden, self.plan.isa, self.operands, str(norm.consumer), residual=norm.residual
+            "embedding",
+            words,
+            hidden,
+            self.plan.isa,
+            self.operands,
+            f"{'u8' if coded else 'f32'}>{norm.consumer}",
+            residual=norm.residual,
         )
         self.program.call(
             "embedding",
             (workload, norm),
-            lambda: embedding(workload, norm, len(tables.position), types),
+            lambda: embedding(workload, norm, len(tables.position), types, coded is not None),
             [*inputs, *names, *norm_names],
             results,
         )

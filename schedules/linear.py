@@ -29,13 +29,14 @@ class LinearDecisions:
 
 
 def default_decisions(workload: Workload) -> LinearDecisions:
-    """Hand-chosen: accumulators in half (of 16) to three quarters (of 32) of the registers, chunks of 128 K weights."""
+    """Hand-chosen: accumulators in half (of 16) to three quarters (of 32) of the registers; at least
+    eight chunks, so that a single group of tokens keeps eight threads busy, of at most 128 K weights."""
     lanes = ISAS[workload.isa].lanes
     accumulators = 24 if lanes == 16 else 8
     rows = next(rows for rows in (16, 8, 4, 2, 1) if rows * row_block(workload) <= accumulators * lanes or rows == 1)
     stored = workload.n * workload.k * workload.density // 100
     blocks = workload.n // row_block(workload)
-    wanted = max(1, stored // (128 << 10))
+    wanted = max(8, stored // (128 << 10))
     chunks = next(count for count in range(wanted, 0, -1) if blocks % count == 0)
     return LinearDecisions(rows=rows, chunks=chunks)
 
