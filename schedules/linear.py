@@ -29,8 +29,11 @@ class LinearDecisions:
 
 
 def default_decisions(workload: Workload) -> LinearDecisions:
-    """Hand-chosen: accumulators in half (of 16) to three quarters (of 32) of the registers; at least
-    eight chunks, so that a single group of tokens keeps eight threads busy, of at most 128 K weights."""
+    """Hand-chosen decisions.
+
+    Accumulators take half (of 16) to three quarters (of 32) of the registers. There are at least eight chunks, so that a
+    single group of tokens keeps eight threads busy, of at most 128 K weights.
+    """
     lanes = ISAS[workload.isa].lanes
     accumulators = 24 if lanes == 16 else 8
     rows = next(rows for rows in (16, 8, 4, 2, 1) if rows * row_block(workload) <= accumulators * lanes or rows == 1)
