@@ -17,7 +17,7 @@ quickstart: $(VENV)/installed-quickstart
 
 # pytest comes last, so that its summary closes the output
 test: lint smoke
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # import-linter follows no links, so it reads the package as the wheel lays it out
 lint: $(VENV)/installed-test wheel
