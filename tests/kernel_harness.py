@@ -6,7 +6,7 @@ Also the layouts kernels read and write, as plain NumPy, and how to look at the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -178,20 +178,67 @@ def assert_u8(found: Array, real: Array, zero_point: float, low: int = 0, high: 
     assert wrong <= max(1, difference.size // 1000)
 
 
-def innermost_loops(assembly: str, instruction: str) -> Iterator[list[str]]:
-    """Lines of each loop that holds a match of the pattern `instruction` and no other loop that does."""
-    lines = [line.split("#")[0].strip() for line in assembly.splitlines()]
-    label = {line[:-1]: number for number, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
+def innermost_loops(assembly: str, instruction: str) -> list[list[str]]:
+    """Lines of each loop that holds a match of the pattern `instruction` and no smaller loop that does."""
+    blocks, following = _control_flow(assembly)
+    before: dict[int, set[int]] = {block: set() for block in following}
+    for block, nexts in following.items():
+        for other in nexts:
+            before[other].add(block)
     loops = []
-    for number, line in enumerate(lines):
-        jump = re.match(r"j\w+\s+(\.L\w+)$", line)
-        if jump and label.get(jump[1], number) < number:
-            body = lines[label[jump[1]] : number]
-            if any(re.search(instruction, inside) for inside in body):
-                loops.append((label[jump[1]], number, body))
-    for start, end, body in loops:
-        if not any((a, b) != (start, end) and start <= a and b <= end for a, b, _ in loops):
-            yield body
+    for last, header in _back_edges(following):
+        body, waiting = {header, last}, [] if last == header else [last]
+        while waiting:  # whatever reaches the jump back without passing the header
+            new = before[waiting.pop()] - body
+            body |= new
+            waiting += new
+        if any(re.search(instruction, line) for block in body for line in blocks[block]):
+            loops.append(body)
+    smallest = [body for body in loops if not any(other < body for other in loops)]
+    return [[line for block in sorted(body) for line in blocks[block]] for body in smallest]
+
+
+def _control_flow(assembly: str) -> tuple[list[list[str]], dict[int, list[int]]]:
+    """Basic blocks as lines, and the blocks that may follow each."""
+    blocks: list[list[str]] = [[]]
+    label: dict[str, int] = {}
+    for line in (line.split("#")[0].strip() for line in assembly.splitlines()):
+        if re.fullmatch(r"[\w.]+:", line):
+            blocks.append([])
+            label[line[:-1]] = len(blocks) - 1
+        elif line and not line.startswith("."):
+            blocks[-1].append(line)
+            if re.match(r"j\w+\s|ret", line):
+                blocks.append([])
+    following = {}
+    for number, lines in enumerate(blocks):
+        last = lines[-1] if lines else ""
+        jump = re.match(r"j\w+\s+([\w.]+)$", last)
+        falls = not re.match(r"jmp|ret", last) and number + 1 < len(blocks)
+        following[number] = ([label[jump[1]]] if jump and jump[1] in label else []) + ([number + 1] if falls else [])
+    return blocks, following
+
+
+def _back_edges(following: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
+    """(last block, header) of each loop: edges to a block on the path of a depth-first walk."""
+    found, done = [], set()
+    for start in following:
+        if start in done:
+            continue
+        done.add(start)
+        path, waiting = [start], [iter(following[start])]
+        while path:
+            block = next(waiting[-1], None)
+            if block is None:
+                path.pop()
+                waiting.pop()
+            elif block in path:
+                found.append((path[-1], block))
+            elif block not in done:
+                done.add(block)
+                path.append(block)
+                waiting.append(iter(following[block]))
+    return found
 
 
 def vector_stack_accesses(lines: Sequence[str]) -> list[str]:
