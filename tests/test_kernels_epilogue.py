@@ -139,9 +139,9 @@ def test_requantisation_rounds_ties_to_even_and_saturates(isa: str) -> None:
     x[:, 0] = np.arange(256)
     scale, bias = np.full(96, 0.5, np.float32), np.linspace(0, 47.5, 96).astype(np.float32)
     arrays = kernel.arrays(x, weight, fold=np.zeros(96, np.int32), scale=scale, bias=bias)
-    quant = np.array([1.0, 100.0], np.float32)
+    quant = np.array([1.0, 101.0], np.float32)  # odd: adding it before rounding would turn ties around
     found = kernel({**arrays, "quant": quant}, {"activated": (16, 16, 96)})["activated"].reshape(256, 96)
     halves = np.arange(256)[:, None] + (2 * bias).astype(np.int64)
-    expected = [[min(round(half / 2) + 100, 255) for half in row] for row in halves.tolist()]  # Python rounds ties to even
+    expected = [[min(round(half / 2) + 101, 255) for half in row] for row in halves.tolist()]  # Python rounds ties to even
     np.testing.assert_array_equal(found, expected)
     assert found.max() == 255
