@@ -47,6 +47,9 @@ def default_decisions(workload: Workload) -> LinearDecisions:
 def schedule_linear(sch: Schedule, workload: Workload, decisions: LinearDecisions | None = None) -> None:
     """Apply the family's rule in place; raises ScheduleMismatch if the workload does not fit the level's intrinsics."""
     decisions = decisions or default_decisions(workload)
+    blocks = workload.n // row_block(workload)
+    if blocks % decisions.chunks:
+        raise ScheduleMismatch(f"{blocks} row-blocks do not divide into {decisions.chunks} chunks; choose a divisor")
     if workload.family == "row":
         _schedule_row(sch, workload, decisions)
     else:

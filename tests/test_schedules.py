@@ -258,3 +258,9 @@ def test_block_shapes_without_a_kernel_are_not_registered() -> None:
 
 def test_a_model_without_layers_has_a_plan() -> None:
     assert plan(model_of(), ISAS["avx2"]).layers == ()
+
+
+def test_chunks_that_do_not_divide_the_row_blocks_are_refused() -> None:
+    own = Workload("linear", 64, 64, "avx2", ISAS["avx2"].operands, "raw", "gather", (4, 1))
+    with pytest.raises(ScheduleMismatch, match="16 row-blocks do not divide into 3 chunks"):
+        schedule_linear(Schedule(linear(own, Raw())), own, LinearDecisions(chunks=3))

@@ -17,7 +17,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tilewright.codegen.kernels.common import at, quantize, shape
-from tilewright.codegen.kernels.math import exp, nearbyint
+from tilewright.codegen.kernels.math import exp, round_to_int
 from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
 
 TILE = 4
@@ -40,7 +40,7 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
     positions = -(-max_positions // TILE) * TILE + TILE
 
     def probability(difference: Any, scale: Any) -> Any:
-        return T.cast(nearbyint(exp(T.cast(difference, "float32") * scale) * T.float32(255.0)), "int32")
+        return round_to_int(exp(T.cast(difference, "float32") * scale) * T.float32(255.0))
 
     def own(token: Any, start: Any, end: Any) -> Any:
         return T.And(token >= start, token < end)

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.math import nearbyint
+from tilewright.codegen.kernels.math import round_to_int
 from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
 
 Expr = Any  # tirx.PrimExpr; TVM ships no type information
@@ -74,11 +74,15 @@ def store(buffer: Any, value: Expr, indices: list[Expr]) -> None:
     T.buffer_store(buffer, value, indices)
 
 
-def quantize(value: Expr, low: int, high: int, dtype: str, zero_point: Expr = 0.0, offset: int = 0) -> Expr:
-    """clip(rne(value) + zero_point, low, high) + offset as `dtype`; value is already divided by the scale."""
-    real = nearbyint(value) + zero_point
-    clipped = T.min(T.max(real, T.float32(low)), T.float32(high))
-    return T.cast(T.cast(clipped, "int32") + offset, dtype)
+def quantize(value: Expr, low: int, high: int, dtype: str, zero_point: Expr | None = None, offset: int = 0) -> Expr:
+    """clip(rne(value) + zero_point, low, high) + offset as `dtype`; value is already divided by the scale.
+
+    zero_point is a whole number in float32. The value is clipped first, to bounds that are whole too, so that it can be rounded
+    by `round_to_int`; clipping and rounding to such bounds commute.
+    """
+    zero_point = T.float32(0.0) if zero_point is None else zero_point
+    clipped = T.min(T.max(value, T.float32(low) - zero_point), T.float32(high) - zero_point)
+    return T.cast(round_to_int(clipped) + T.cast(zero_point, "int32") + offset, dtype)
 
 
 __all__ = ["GROUP", "Expr", "arg", "at", "prim_func", "quantize", "scratch", "shape", "stage", "store"]

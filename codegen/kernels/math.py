@@ -7,19 +7,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import register_op_attr
 from tvm.tirx.script import builder as T
 
 Expr = Any  # tirx.PrimExpr; TVM ships no type information
 
 
-# TVM marks round, floor and sqrt as vectorizable but not nearbyint, and would split every vector loop that rounds
-register_op_attr("tirx.nearbyint", "TVectorizable", True)
+# 1.5 * 2^23: adding it to x leaves round(x) in the low bits of the sum, by the rounding of the addition itself. TVM does not
+# vectorise nearbyint, and SSE2 has no instruction for it.
+_ROUNDER = 12582912.0
+_ROUNDER_BITS = 0x4B400000
 
 
-def nearbyint(x: Expr) -> Expr:
-    """Round to nearest, ties to even."""
-    return tirx.nearbyint(x)
+def round_to_int(x: Expr) -> Expr:
+    """x rounded to the nearest int32, ties to even; |x| must be at most 2^22."""
+    return T.reinterpret("int32", x + T.float32(_ROUNDER)) - T.int32(_ROUNDER_BITS)
 
 
 def _let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
@@ -44,12 +45,13 @@ def exp(x: Expr) -> Expr:
     """e**x, relative error below 1e-6 for |x| <= 8 and 5e-6 for -87 <= x <= 88; x is clamped to that range."""
 
     def from_power(power: Expr) -> Expr:
-        def from_rounded(rounded: Expr) -> Expr:
-            mantissa = _let(power - rounded, lambda fraction: _horner(fraction, _EXP2))
-            exponent = (T.cast(rounded, "int32") + 127) << 23
+        def from_shifted(shifted: Expr) -> Expr:
+            """`shifted` is power + _ROUNDER: its low bits are the exponent, itself less _ROUNDER the rounded power."""
+            mantissa = _let(power - (shifted - T.float32(_ROUNDER)), lambda fraction: _horner(fraction, _EXP2))
+            exponent = (T.reinterpret("int32", shifted) - T.int32(_ROUNDER_BITS - 127)) << 23
             return mantissa * T.reinterpret("float32", exponent)
 
-        return _let(nearbyint(power), from_rounded)
+        return _let(power + T.float32(_ROUNDER), from_shifted)
 
     return _let(T.min(T.max(x, T.float32(-87.0)), T.float32(88.0)) * T.float32(math.log2(math.e)), from_power)
 
