@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 import re
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,22 +25,11 @@ import numpy as np
 
 import tilewright
 from benchmarks import models
+from tilewright.baseline import OnnxRuntime, time_in_turns
 from tilewright.cpu import cpu_features
 from tilewright.schedules.isa import resolve
 
-Feed = dict[str, np.ndarray]
-Engine = Callable[[Feed], Any]
-
-
-def onnxruntime_engine(path: Path, threads: int) -> Engine:
-    """ONNX Runtime on `path` with all graph optimisations and `threads` threads that do not spin between calls."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda feed: session.run(None, feed)
+Engine = tilewright.Engine | OnnxRuntime
 
 
 def engines(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Engine], dict[str, tilewright.Engine]]:
@@ -60,32 +48,14 @@ def engines(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Engine],
     )
     int8 = models.quantized(source, scratch / "int8")
     found: dict[str, Engine] = {
-        "onnxruntime fp32": onnxruntime_engine(onnx, args.threads),
-        "onnxruntime int8 dynamic": onnxruntime_engine(scratch / "dynamic.onnx", args.threads),
+        "onnxruntime fp32": OnnxRuntime(onnx, args.threads),
+        "onnxruntime int8 dynamic": OnnxRuntime(scratch / "dynamic.onnx", args.threads),
     }
     ours: dict[str, tilewright.Engine] = {}
     for level in dict.fromkeys(resolve(level, cpu_features()).name for level in args.levels):
         artifact = tilewright.compile(int8, level, scratch / f"{level}.tw")
-        engine = tilewright.load(artifact.path, num_threads=args.threads)
-        ours[f"tilewright {level}"] = engine
-        found[f"tilewright {level}"] = lambda feed, engine=engine: engine(**feed)
-    return found, ours
-
-
-def measure(found: dict[str, Engine], feed: Feed, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per call: each round runs every engine a few times in turn and keeps its fastest call."""
-    samples: dict[str, list[float]] = {name: [] for name in found}
-    for engine in found.values():
-        engine(feed)
-    for _ in range(rounds):
-        for name, engine in found.items():
-            best = float("inf")
-            for _ in range(3):
-                start = time.perf_counter()
-                engine(feed)
-                best = min(best, time.perf_counter() - start)
-            samples[name].append(best * 1e3)
-    return samples
+        ours[f"tilewright {level}"] = tilewright.load(artifact.path, num_threads=args.threads)
+    return {**found, **ours}, ours
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,11 +68,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             batch, length = (int(n) for n in shape.split("x"))
             ids = random.integers(1000, 30000, (batch, length))
             feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-            samples = measure(found, feed, args.rounds)
+            calls = {name: functools.partial(engine, **feed) for name, engine in found.items()}
+            samples = time_in_turns(calls, args.seconds)
             base = samples["onnxruntime fp32"]
             report["shapes"][shape] = {
                 name: {
-                    "ms": statistics.median(times),
+                    "ms": statistics.median(times) * 1e3,
                     "ratio": statistics.median(t / b for t, b in zip(times, base, strict=True)),
                 }
                 for name, times in samples.items()
@@ -136,7 +107,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *(f"- {key}: {value}" for key, value in report["machine"].items()),
         "",
-        "Median milliseconds (ratio to ONNX Runtime fp32 in the same rounds; lower is faster).",
+        "Median milliseconds (median ratio to ONNX Runtime fp32 in the same turns; lower is faster).",
         "",
         "| engine | " + " | ".join(report["shapes"]) + " |",
         "|---" * (len(report["shapes"]) + 1) + "|",
@@ -159,7 +130,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--shapes", nargs="+", default=["1x32", "1x128", "1x384", "8x128"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each engine and shape")
     parser.add_argument("--levels", nargs="+", default=["avx2", "native"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="append the tables to this file")
