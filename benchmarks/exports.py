@@ -30,7 +30,7 @@ def export(directory: Path, output: Path) -> Path:
     """Write the bare BERT encoder in the Hugging Face `directory` as a float32 ONNX file with any batch and length."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
     axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, "last_hidden_state")}
     scratch = output.with_name(f".{os.getpid()}-{output.name}")

@@ -177,7 +177,7 @@ def cosine(first: Array, second: Array) -> Array:
 def time_engines(engines: dict[str, Run]) -> dict[str, dict[str, float]]:
     """Latency percentiles of each engine in milliseconds, and the first one's median over its own."""
     ids = np.random.default_rng(0).integers(1000, 20000, (1, SEQ_LEN))
-    samples = time_in_turns({name: lambda run=run: run(input_ids=ids) for name, run in engines.items()}, SECONDS)  # type: ignore[misc]
+    samples = time_in_turns({name: lambda run=run: run(input_ids=ids) for name, run in engines.items()}, SECONDS)
     results = {name: summarize(times, 1, SEQ_LEN, 1) for name, times in samples.items()}
     ours = next(iter(results.values())).p50
     return {name: {"p50": r.p50, "p90": r.p90, "calls": r.iterations, "ratio": ours / r.p50} for name, r in results.items()}

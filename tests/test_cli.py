@@ -86,7 +86,7 @@ def test_inspect_tells_what_would_run_sparse(tagger: Path) -> None:
 
 def test_inspect_sparse(tmp_path: Path) -> None:
     model = tiny.build("DistilBertModel")
-    for layer in model.transformer.layer:  # type: ignore[union-attr]
+    for layer in model.transformer.layer:
         weight = layer.ffn.lin1.weight.data.view(tiny.WIDE // 4, 4, tiny.HIDDEN)
         weight[:, :, np.random.default_rng(0).random(tiny.HIDDEN) < 0.75] = 0
     report = ok_json("inspect", tiny.save(model, tmp_path / "sparse"), "--target", "avx2")

@@ -50,7 +50,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trace]:
 def sparsify(model: object) -> None:
     """Zero most blocks of the linears named in BLOCKS; the rest stays dense."""
     random = np.random.default_rng(0)
-    for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+    for name, parameter in model.named_parameters():
         for part, (bn, bk) in BLOCKS.items():
             if part in name:
                 n, k = parameter.shape

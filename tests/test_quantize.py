@@ -145,7 +145,7 @@ def test_arguments_are_checked(checkpoint: Path, quantized: Path, tmp_path: Path
     out = tmp_path / "out"
     refused(lambda: quantize(checkpoint, [], out), InvalidInput, "no calibration text")
     refused(lambda: quantize(checkpoint, [" ", "\n"], out), InvalidInput, "no calibration text")
-    refused(lambda: quantize(checkpoint, TEXTS, out, "entropy"), InvalidInput, "entropy", "minmax, percentile")  # type: ignore[arg-type]  # what a user may type
+    refused(lambda: quantize(checkpoint, TEXTS, out, "entropy"), InvalidInput, "entropy", "minmax, percentile")
     refused(lambda: quantize(checkpoint, TEXTS, out, percentile=0.9999), InvalidInput, "percentile is 0.9999")
     refused(lambda: quantize(checkpoint, TEXTS, out, max_length=0), InvalidInput, "max_length is 0")
     refused(lambda: quantize(quantized, TEXTS, out), InvalidInput, "quantised already")

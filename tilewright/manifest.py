@@ -137,7 +137,7 @@ def _decode(cls: type[T], value: Any, path: str) -> T:
     """Build the dataclass `cls` from parsed JSON; every field is checked against its annotation."""
     if not isinstance(value, dict):
         raise _mismatch(path, "an object", value)
-    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
     for name in value.keys() - fields.keys():
         raise InvalidArtifact(f"{MANIFEST}: unknown field {path + name!r}")
     for name, f in fields.items():

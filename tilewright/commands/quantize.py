@@ -25,7 +25,7 @@ def quantize(
     from tilewright.pipeline import quantize as quantize_model
 
     with progress_bar("calibrating") as progress:
-        path = quantize_model(model, lines, output, method, percentile, max_length, progress)  # type: ignore[arg-type]
+        path = quantize_model(model, lines, output, method, percentile, max_length, progress)  # type: ignore[arg-type]  # checked there
     size = sum(file.stat().st_size for file in path.iterdir())
     if as_json:
         print_json({"model": str(path), "texts": len(lines), "method": method, "max_length": max_length, "bytes": size})
