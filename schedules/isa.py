@@ -59,6 +59,9 @@ ISAS: dict[str, Isa] = {
 }
 """Levels from the least to the most capable; a CPU runs the last one whose features it has."""
 
+TARGET_SETS: dict[str, tuple[str, ...]] = {"server": ("avx2", "avx512", "avx512vnni")}
+"""Names for several levels at once. `server`: one for each step that server CPUs took since Haswell and Zen."""
+
 CLOUD: dict[str, str] = {
     "c5": "skylake-avx512",
     "c6i": "icelake-server",
@@ -134,3 +137,13 @@ def resolve(name: str, host_features: frozenset[str]) -> Isa:
         )
     target = Target({**_X86, "mcpu": cpu})
     return [isa for isa in ISAS.values() if llvm.target_has_features(list(isa.features), target)][-1]
+
+
+def resolve_all(names: str, host_features: frozenset[str]) -> tuple[Isa, ...]:
+    """The levels for `names`, separated by commas, the least first: each an entry of TARGET_SETS or what `resolve` takes.
+
+    Raises InvalidInput as `resolve` does.
+    """
+    parts = [part for name in names.split(",") for part in TARGET_SETS.get(name.strip(), (name.strip(),))]
+    chosen = {resolve(part, host_features).name for part in parts}
+    return tuple(isa for isa in ISAS.values() if isa.name in chosen)
