@@ -22,7 +22,7 @@ from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.plan import LayerPlan, LinearPlan, Plan
 from tilewright.codegen.program import Array, Program, Value
 from tilewright.codegen.workload import GROUP, Layout, Workload
-from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.errors import InvalidModel, ScheduleMismatch, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Lowered:
 def lower(model: EncoderModel, plan: Plan, max_tokens: int = 4096) -> Lowered:
     """Lower a quantised `model` as `plan` says; the module takes up to `max_tokens` tokens a call (at least a sequence).
 
-    Raises InvalidModel for a float model, UnsupportedModel for sizes that no kernel serves.
+    Raises InvalidModel for a float model, UnsupportedModel for sizes that no kernel serves, ScheduleMismatch for the
+    plan of another model.
     """
     config = model.config
     if not model.quantized:
@@ -72,6 +73,8 @@ def lower(model: EncoderModel, plan: Plan, max_tokens: int = 4096) -> Lowered:
             f"hidden size {config.hidden_size}, intermediate size {config.intermediate_size} and head size "
             f"{config.head_dim} are not multiples of 16, 16 and 4, which the kernels need"
         )
+    if len(plan.layers) != len(model.layers):
+        raise ScheduleMismatch(f"the plan has {len(plan.layers)} layers, the model {len(model.layers)}; plan this model")
     longest = -(-config.max_positions // GROUP) * GROUP
     return _Lowering(model, plan, max(max_tokens // GROUP * GROUP, longest)).run()
 

@@ -18,7 +18,7 @@ from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Quantization
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.workload import ATTRIBUTE, Workload
-from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.errors import InvalidModel, ScheduleMismatch, UnsupportedModel
 from tilewright.frontend import load
 from tilewright.pipeline import quantize
 from tilewright.schedules.apply import apply
@@ -183,6 +183,13 @@ def test_sizes_that_no_kernel_serves_are_refused_by_name(bert: EncoderModel, cha
         in str(caught.value)
     )
     assert "\n" not in str(caught.value)
+
+
+def test_the_plan_of_another_model_is_refused(bert: EncoderModel) -> None:
+    made = plan(bert, ISAS["avx2"])
+    for layers in ((), made.layers[:1], made.layers * 2):
+        with pytest.raises(ScheduleMismatch, match=f"the plan has {len(layers)} layers, the model {len(bert.layers)};"):
+            lower(bert, replace(made, layers=layers))
 
 
 def test_inconsistent_quantisation_is_refused(bert: EncoderModel) -> None:
