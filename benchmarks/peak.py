@@ -1,0 +1,134 @@
+"""The most that this core can multiply: loops of nothing but dot instructions, assembled for the purpose.
+
+    python -m benchmarks.peak
+
+Operands and accumulators stay in registers, and there are more accumulators than the instructions' latency needs, so a
+loop is bound by the execution ports alone. Kernels are judged by the best exact loop of their ISA level; the others tell
+what inexact or older arithmetic would reach. All figures are of one core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tilewright.cpu import cpu_features
+from tilewright.schedules.isa import ISAS
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A step of one accumulator {a}, in AT&T syntax with {t} a scratch register; `reg` is xmm, ymm or zmm.
+
+    macs: multiplications of int8-sized values in a step. The operands lie in {x} and {y}.
+    exact: whether u8 by s8 can be summed so without saturating.
+    """
+
+    name: str
+    isa: str
+    reg: str
+    macs: int
+    step: tuple[str, ...]
+    exact: bool = True
+
+
+_PAIRS = ("vpmaddwd {y}, {x}, {t}", "vpaddd {t}, {a}, {a}")
+_BYTES = ("vpmaddubsw {y}, {x}, {t}", "vpmaddwd {y}, {t}, {t}", "vpaddd {t}, {a}, {a}")
+
+LOOPS: tuple[Loop, ...] = (
+    Loop("pmaddwd", "portable", "xmm", 8, ("movdqa {x}, {t}", "pmaddwd {y}, {t}", "paddd {t}, {a}")),
+    Loop("vpmaddwd", "avx2", "ymm", 16, _PAIRS),
+    Loop("vpmaddubsw", "avx2", "ymm", 32, _BYTES, exact=False),
+    Loop("vpdpbusd ymm", "avxvnni", "ymm", 32, ("{{vex}} vpdpbusd {y}, {x}, {a}",)),
+    Loop("vpmaddwd zmm", "avx512", "zmm", 32, _PAIRS),
+    Loop("vpmaddubsw zmm", "avx512", "zmm", 64, _BYTES, exact=False),
+    Loop("vpdpbusd zmm", "avx512vnni", "zmm", 64, ("vpdpbusd {y}, {x}, {a}",)),
+)
+"""AMX has none yet: its tiles need a permission of the kernel and a configuration."""
+
+_ACCUMULATORS, _SCRATCH = 10, 4  # with two operands, sixteen registers; 10 covers a latency of 5 at two a cycle
+_UNROLL = 4
+_CLOCK_STEPS = 32  # `imull %eax, %eax` takes three cycles on every x86 core since Nehalem and Zen
+_CLOCK_CYCLES = 3
+
+
+def available() -> tuple[Loop, ...]:
+    """The loops that this CPU can run."""
+    return tuple(loop for loop in LOOPS if cpu_features().issuperset(ISAS[loop.isa].features))
+
+
+def rate(loop: Loop, seconds: float = 0.004) -> float:
+    """GMAC/s of `loop`, the best of three measurements of about `seconds` in all."""
+    return _best(LOOPS.index(loop), loop.macs * _ACCUMULATORS * _UNROLL, seconds)
+
+
+def peak(isa: str, seconds: float = 0.004) -> float:
+    """GMAC/s of this core's best exact loop of level `isa`. Raises ValueError where there is none or the CPU lacks it."""
+    rates = [rate(loop, seconds) for loop in available() if loop.isa == isa and loop.exact]
+    if not rates:
+        raise ValueError(f"no peak loop for {isa} on this CPU; there is one for {', '.join(x.isa for x in available())}")
+    return max(rates)
+
+
+def clock(seconds: float = 0.004) -> float:
+    """GHz of this core now, from a chain of multiplications of known latency."""
+    return _best(len(LOOPS), _CLOCK_STEPS * _CLOCK_CYCLES, seconds)
+
+
+def _best(number: int, per_iteration: int, seconds: float) -> float:
+    run = _library()[f"loop{number}"]
+    iterations = 1 << 10
+    run(ctypes.c_long(iterations))
+    while (took := _timed(run, iterations)) < seconds / 3:
+        iterations = max(2 * iterations, int(iterations * seconds / 3 / took))
+    return per_iteration * iterations / min(took, _timed(run, iterations), _timed(run, iterations)) / 1e9
+
+
+def _timed(run: ctypes._CFuncPtr, iterations: int) -> float:
+    start = time.perf_counter()
+    run(ctypes.c_long(iterations))
+    return time.perf_counter() - start
+
+
+def _body(loop: Loop) -> list[str]:
+    """The steps in pairs, multiplications first: on Zen 4 the adds then leave the multiplying ports alone more often."""
+    names = {"x": f"%{loop.reg}14", "y": f"%{loop.reg}15"}
+    return [
+        line.format(a=f"%{loop.reg}{step % _ACCUMULATORS}", t=f"%{loop.reg}{_ACCUMULATORS + step % _SCRATCH}", **names)
+        for first in range(0, _UNROLL * _ACCUMULATORS, 2)
+        for line in loop.step
+        for step in (first, first + 1)
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Functions loop0, loop1, ... (long iterations), one for each of LOOPS and last the clock's."""
+    lines = [".text"]
+    for number, body in enumerate([*map(_body, LOOPS), ["imull %eax, %eax"] * _CLOCK_STEPS]):
+        start = [f".globl loop{number}", f"loop{number}:", f".p2align 6\n.L{number}:"]
+        clear = ["vzeroupper"] if number < len(LOOPS) and LOOPS[number].reg != "xmm" else []
+        lines += [*start, *body, "dec %rdi", f"jnz .L{number}", *clear, "ret"]
+    lines.append('.section .note.GNU-stack,"",@progbits')
+    with tempfile.TemporaryDirectory() as scratch:
+        source, library = Path(scratch, "peak.s"), Path(scratch, "peak.so")
+        source.write_text("\n".join(lines) + "\n")
+        subprocess.run(["gcc", "-shared", "-o", library, source], check=True)
+        return ctypes.CDLL(str(library))
+
+
+def main() -> None:
+    ghz = clock(0.1)
+    print(f"clock {ghz:.2f} GHz\n\n| loop | level | exact | GMAC/s | MACs/cycle |\n|---|---|---|--:|--:|")
+    for loop in available():
+        found = rate(loop, 0.1)
+        print(f"| {loop.name} | {loop.isa} | {'yes' if loop.exact else 'no'} | {found:.1f} | {found / ghz:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
