@@ -101,7 +101,7 @@ def quickstart(output: Path) -> dict[str, Any]:
         "MiniLM": {"source": size(minilm / "model.safetensors"), "artifact": size(output / "minilm.tw")},
     }
     results: dict[str, Any] = {
-        "isa": tagger.manifest.isa.name,
+        "isa": tagger.level.name,
         "agreement": {**tagging, **embedding},
         "latency": latency,
         "bytes": sizes,

@@ -15,32 +15,33 @@ from typing import Any
 from numpy.typing import NDArray
 
 from tilewright.errors import InvalidInput
-from tilewright.manifest import LIBRARY, MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from tilewright.manifest import MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from tilewright.weights import write_weights
 
 
 def write_artifact(
     path: str | Path,
     *,
-    library: Path,
+    libraries: Mapping[str, Path],
     weights: Mapping[str, NDArray[Any]],
     manifest: Manifest,
     tokenizer: str | None = None,
     overwrite: bool = True,
 ) -> Manifest:
-    """Write the shared object `library`, the packed `weights` in parameter order, the manifest and tokenizer.json.
+    """Write the shared object that `libraries` names for each level, the tensors `weights`, the manifest and tokenizer.json.
 
-    Fills in the manifest's `parameters` and `files` and returns it. The directory appears at `path` whole, replacing an
+    Fills in the manifest's `files` and returns it. The directory appears at `path` whole, replacing an
     artifact there if `overwrite`; on any failure or interrupt nothing is left behind and what was there stays.
     Raises InvalidInput for an output that cannot be written or must not be replaced.
     """
     with _replacing(check_output(path, overwrite=overwrite)) as directory:
-        shutil.copyfile(library, directory / LIBRARY)
+        for level in manifest.levels:
+            shutil.copyfile(libraries[level.name], directory / level.library)
         write_weights(directory / WEIGHTS, weights)
         if tokenizer is not None:
             (directory / TOKENIZER).write_text(tokenizer, "utf-8")
         files = {file.name: sha256(file) for file in sorted(directory.iterdir())}
-        complete = dataclasses.replace(manifest, parameters=tuple(weights), files=files)
+        complete = dataclasses.replace(manifest, files=files)
         text = complete.to_json()
         Manifest.from_json(text)  # an artifact that cannot be read back is a bug to find now
         (directory / MANIFEST).write_text(text, "utf-8")

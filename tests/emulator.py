@@ -106,29 +106,35 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Trace:
-    """One call of an artifact: its outputs, and for each kernel call its name and activations after it, as they are stored."""
+    """One call of an artifact: its ISA level, outputs, and for each kernel call its name and stored activations after it."""
 
+    isa: str
     outputs: Mapping[str, Array]
     kernels: Sequence[tuple[str, Sequence[Array]]]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A call of an artifact with `inputs`: the engine and TVM's VM run natively, every kernel on the machine. -> Trace."""
+    """A call of an artifact with `inputs`: the engine and TVM's VM run natively, every kernel on the machine. -> Trace.
+
+    features: what the engine is told that the CPU has, by default all that the artifact's levels need.
+    """
 
     artifact: Path
     inputs: Mapping[str, Array]
+    features: frozenset[str] | None = None
 
     def run(self, machine: Machine | None) -> Trace:
         """With no machine, kernels run natively too."""
-        needed = engine.read_manifest(self.artifact).isa.features
-        known, engine.cpu_features = engine.cpu_features, lambda: frozenset(needed)
+        needed = frozenset(f for level in engine.read_manifest(self.artifact).levels for f in level.features)
+        told = needed if self.features is None else self.features
+        known, engine.cpu_features = engine.cpu_features, lambda: told
         try:
             loaded = engine.load(self.artifact, num_threads=1)
         finally:
             engine.cpu_features = known
         executable = loaded._executable
-        library = _Library(self.artifact.resolve() / "model.so")
+        library = _Library(self.artifact.resolve() / loaded.level.library)
         weights = {np.from_dlpack(parameter).ctypes.data for parameter in executable._parameters}
         kernels: list[tuple[str, list[Array]]] = []
 
@@ -144,7 +150,7 @@ class Encoder:
         executable._machine["set_instrument"](instrument)
         outputs = loaded(**self.inputs)
         executable._machine["set_instrument"](None)
-        return Trace(outputs, kernels)
+        return Trace(loaded.level.name, outputs, kernels)
 
 
 class _Library:

@@ -99,10 +99,11 @@ def test_quantize_and_compile_report_what_they_wrote(tagger: Path, tmp_path: Pat
     arguments = ("quantize", tagger / "float", "--texts", tagger / "texts.txt", "--method", "percentile")
     assert ok_json(*arguments, "-o", tmp_path / "int8")["method"] == "percentile"
     made = ok_json("compile", tagger / "int8", "--target", "portable", "-o", tmp_path / "small.tw", "--max-tokens", "64")
-    assert (made["isa"], made["max_tokens"]) == ("portable", 64)
+    (level,) = made["levels"]
+    assert (level["name"], made["max_tokens"]) == ("portable", 64)
     assert set(made["seconds"]) == {"load", "lower", "schedule", "build", "write"}
-    assert len(made["kernels"]) == 4 * tiny.LAYERS
-    assert set(made["bytes"]) == {"manifest.json", "model.so", "weights.safetensors", "tokenizer.json"}
+    assert len(level["kernels"]) == 4 * tiny.LAYERS
+    assert set(made["bytes"]) == {"manifest.json", "model.portable.so", "weights.safetensors", "tokenizer.json"}
 
 
 def test_compile_names_the_artifact_after_the_model(tagger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +240,7 @@ def test_run_refuses_bad_input(tagger: Path, tmp_path: Path) -> None:
 def test_run_refuses_bad_artifacts(tagger: Path, tmp_path: Path) -> None:
     assert "not an artifact" in refused(4, "run", tmp_path, "--text", "w1")
     copy = shutil.copytree(tagger / "model.tw", tmp_path / "copy.tw")
-    (copy / "model.so").write_bytes(b"other")
+    next(copy.glob("model.*.so")).write_bytes(b"other")
     assert "was altered" in refused(4, "run", copy, "--text", "w1")
 
 

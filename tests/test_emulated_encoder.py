@@ -40,7 +40,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trace]:
     @cache
     def run(isa: str) -> Trace:
         artifact = tilewright.compile(model, isa, directory / f"{isa}.tw")
-        assert {layer.block for layer in artifact.manifest.layers} == {None, *BLOCKS.values()}
+        assert {layer.block for layer in artifact.manifest.levels[0].layers} == {None, *BLOCKS.values()}
         task = Encoder(artifact.path, INPUTS)
         return task.run(None) if isa == "avx2" else emulate(MODEL_OF_LEVEL[isa], task)
 

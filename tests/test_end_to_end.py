@@ -169,9 +169,9 @@ def test_sparse_models(compiled: Compiled, isa: str, sparsity: str) -> None:
     name = "BertModel" if sparsity == "mixed" else "DistilBertForTokenClassification"
     model, engine = compiled.model(name, sparsity), compiled.engine(name, sparsity, isa)
     wanted = [block for blocks in SPARSITY[sparsity] for block in blocks]
-    assert [layer.block for layer in engine.manifest.layers] == wanted  # found, and run as found
-    assert all(layer.density < 0.5 for layer in engine.manifest.layers if layer.block)
-    assert engine.manifest.isa.name == isa
+    assert [layer.block for layer in engine.level.layers] == wanted  # found, and run as found
+    assert all(layer.density < 0.5 for layer in engine.level.layers if layer.block)
+    assert engine.level.name == isa
     check_against_oracle(engine, model)
 
 

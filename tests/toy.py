@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tilewright.manifest import LayerRecord, Limits, Manifest, Output, RequiredIsa
+from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output
 
 WIDTH = 8
 LIMITS = Limits(vocab_size=100, max_positions=32, max_tokens=64, token_types=2)
@@ -19,7 +19,15 @@ TABLE = np.arange(LIMITS.vocab_size * WIDTH, dtype=np.float32).reshape(-1, WIDTH
 SHIFT = np.arange(3, dtype=np.int8)  # makes the file need a gap before the table
 
 MANIFEST = Manifest(
-    isa=RequiredIsa("portable", ("sse2",)),
+    levels=(
+        LevelRecord(
+            "portable",
+            ("sse2",),
+            "model.portable.so",
+            {"shift": "shift", "table": "table"},
+            (LayerRecord("toy", (WIDTH, WIDTH), (4, 1), 0.2, "gather", "default"),),
+        ),
+    ),
     inputs=("input_ids", "attention_mask", "token_type_ids"),
     outputs=(
         Output("hidden", "token", WIDTH),
@@ -27,7 +35,6 @@ MANIFEST = Manifest(
         Output("total", "sequence", WIDTH),
     ),
     limits=LIMITS,
-    layers=(LayerRecord("toy", (WIDTH, WIDTH), (4, 1), 0.2, "gather", "default"),),
 )
 
 TOKENIZER = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
@@ -120,10 +127,12 @@ def build_library(path: Path) -> Path:
 
 
 def write(path: Path, library: Path, manifest: Manifest = MANIFEST) -> Path:
-    """Write the toy's artifact."""
+    """Write the toy's artifact; all its levels have the same code."""
     from tilewright.codegen.artifact import write_artifact
 
-    write_artifact(path, library=library, weights={"shift": SHIFT, "table": TABLE}, manifest=manifest, tokenizer=TOKENIZER)
+    libraries = {level.name: library for level in manifest.levels}
+    weights = {"shift": SHIFT, "table": TABLE}
+    write_artifact(path, libraries=libraries, weights=weights, manifest=manifest, tokenizer=TOKENIZER)
     return path
 
 

@@ -17,10 +17,11 @@ from tilewright.codegen.build import build
 from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel
 from tilewright.cpu import cpu_features
-from tilewright.manifest import LayerRecord, Limits, Manifest, Output, RequiredIsa
+from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output, library_name
 from tilewright.schedules.apply import apply, describe
 from tilewright.schedules.blocks import plan
-from tilewright.schedules.isa import Isa, resolve
+from tilewright.schedules.isa import Isa, resolve_all
+from tilewright.weights import WeightPool
 
 _CHECKPOINT = {".onnx", ".safetensors", ".json"}
 STAGES = ("load", "lower", "schedule", "build", "write")
@@ -46,39 +47,43 @@ def compile(
 ) -> Artifact:
     """Compile a quantised checkpoint (or an EncoderModel) into the artifact directory `output`.
 
-    target: `native`, an ISA level (portable, avx2, avx512vnni) or an LLVM CPU name; compiling for another CPU works anywhere.
+    target: what to compile for, or several with commas: `native`, an ISA level (portable, avx2, avx512vnni), an LLVM CPU, an
+    instance type or a processor's name, each of which means the best level it runs, or `server`, which is several levels.
+    The engine runs the best that its CPU has. Compiling for another CPU works anywhere.
     max_tokens: tokens one run of the module may hold; the engine splits larger batches, so it bounds memory, not batches.
-    progress: called with each name of STAGES as the stage begins.
+    progress: called with each name of STAGES as the stage begins; lower, schedule and build come once for each level.
     Raises a TilewrightError with a one-line message; nothing is left at `output` then.
     """
-    isa = resolve(target, cpu_features())
+    isas = resolve_all(target, cpu_features())
     check_output(output, overwrite=overwrite)
     progress("load")
     model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path)
-    progress("lower")
-    lowered = lower(model, plan(model, isa), max_tokens)
-    progress("schedule")
-    module = apply(lowered.module)
+    pool, levels, libraries = WeightPool(), [], {}
     with tempfile.TemporaryDirectory(prefix="tilewright-") as scratch:
-        library = Path(scratch) / "model.so"
-        progress("build")
-        build(module, isa.target(), library)
+        for isa in isas:
+            progress("lower")
+            lowered = lower(model, plan(model, isa), max_tokens)
+            progress("schedule")
+            module = apply(lowered.module)
+            progress("build")
+            libraries[isa.name] = Path(scratch) / library_name(isa.name)
+            build(module, isa.target(), libraries[isa.name])
+            levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters)))
         progress("write")
-        manifest = _manifest(model, isa, lowered, _provenance(model_path, model, {"target": target, "max_tokens": max_tokens}))
+        provenance = _provenance(model_path, model, {"target": target, "max_tokens": max_tokens})
         manifest = write_artifact(
             output,
-            library=library,
-            weights=lowered.parameters,
-            manifest=manifest,
+            libraries=libraries,
+            weights=pool.tensors,
+            manifest=_manifest(model, tuple(levels), lowered, provenance),
             tokenizer=model.tokenizer,
             overwrite=overwrite,
         )
     return Artifact(Path(output), manifest)
 
 
-def _manifest(model: EncoderModel, isa: Isa, lowered: Lowered, provenance: dict[str, Any]) -> Manifest:
-    config, types = model.config, model.embeddings.token_type
-    records = tuple(
+def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str]) -> LevelRecord:
+    layers = tuple(
         LayerRecord(
             name=kernel.name,
             shape=kernel.shape,
@@ -90,8 +95,14 @@ def _manifest(model: EncoderModel, isa: Isa, lowered: Lowered, provenance: dict[
         )
         for kernel in lowered.kernels
     )
+    return LevelRecord(isa.name, isa.features, library_name(isa.name), parameters, layers)
+
+
+def _manifest(model: EncoderModel, levels: tuple[LevelRecord, ...], lowered: Lowered, provenance: dict[str, Any]) -> Manifest:
+    """The manifest of `levels`; inputs, outputs and limits are those of any of them, `lowered`."""
+    config, types = model.config, model.embeddings.token_type
     return Manifest(
-        isa=RequiredIsa(isa.name, isa.features),
+        levels=levels,
         inputs=("input_ids", "attention_mask", "token_type_ids") if types is not None else ("input_ids", "attention_mask"),
         outputs=tuple(Output(**dataclasses.asdict(output)) for output in lowered.outputs),
         limits=Limits(
@@ -100,7 +111,6 @@ def _manifest(model: EncoderModel, isa: Isa, lowered: Lowered, provenance: dict[
             max_tokens=lowered.max_tokens,
             token_types=1 if types is None else len(types),
         ),
-        layers=records,
         architecture=config.architecture,
         labels=config.labels,
         provenance=provenance,

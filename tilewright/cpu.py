@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from tilewright.errors import ArtifactTargetMismatch
-from tilewright.manifest import RequiredIsa
+from tilewright.errors import ArtifactTargetMismatch, InvalidInput
+from tilewright.manifest import LevelRecord
+
+ISA_VARIABLE = "TILEWRIGHT_ISA"
+"""The environment variable that names the level to run."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LLVM_NAMES = {
@@ -39,13 +43,22 @@ def _llvm_name(flag: str) -> str:
     return _LLVM_NAMES.get(flag) or (flag.replace("_", "") if flag.startswith("avx") else flag)
 
 
-def check_cpu(isa: RequiredIsa, available: frozenset[str]) -> None:
-    """Raise ArtifactTargetMismatch, naming what is missing, unless `available` covers what the artifact needs."""
-    missing = [feature for feature in isa.features if feature not in available]
-    if missing:
-        raise ArtifactTargetMismatch(
-            f"the artifact needs {isa.name}, this CPU lacks {', '.join(missing)}; compile it here with --target native"
-        )
+def choose_level(levels: Sequence[LevelRecord], available: frozenset[str], isa: str | None = None) -> LevelRecord:
+    """The last of `levels` whose features are all `available`; the level named `isa` if one is asked for.
+
+    Raises InvalidInput for an `isa` that is not among `levels`, ArtifactTargetMismatch, naming what the CPU lacks, where it
+    or all of them cannot run.
+    """
+    held = {level.name: level for level in levels}
+    able = [level for level in levels if not level.missing(available)]
+    remedy = f"choose {' or '.join(level.name for level in able)}" if able else "compile it here with --target native"
+    asked = f"the artifact holds {', '.join(held)}" if isa is None else f"isa or {ISA_VARIABLE} asks for {isa}"
+    if isa is not None and isa not in held:
+        raise InvalidInput(f"{asked}; the artifact holds {', '.join(held)}; {remedy}")
+    level = held[isa] if isa is not None else able[-1] if able else levels[0]
+    if missing := level.missing(available):
+        raise ArtifactTargetMismatch(f"{asked}; this CPU lacks {', '.join(missing)}, which {level.name} needs; {remedy}")
+    return level
 
 
 def available_cores() -> int:

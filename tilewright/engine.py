@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tilewright.cpu import available_cores, check_cpu, cpu_features
+from tilewright.cpu import ISA_VARIABLE, available_cores, choose_level, cpu_features
 from tilewright.errors import InvalidArtifact, InvalidInput
-from tilewright.manifest import GROUP, LIBRARY, MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from tilewright.manifest import GROUP, MANIFEST, TOKENIZER, WEIGHTS, LevelRecord, Manifest
 from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, summarize, time_calls
 from tilewright.packing import Float32, Int32, Packed, pack
 from tilewright.runtime import Executable, acquire_threads, release_threads
@@ -36,25 +37,36 @@ class TensorInfo:
     optional: bool = False
 
 
-def load(path: str | Path, num_threads: int | None = None) -> Engine:
+def load(path: str | Path, num_threads: int | None = None, isa: str | None = None) -> Engine:
     """Check the artifact at `path` and load it to run on `num_threads` threads (default: the cores available).
 
+    isa: the level to run, of those that the artifact holds. Default: what the environment variable TILEWRIGHT_ISA names, or
+    else the best that this CPU runs. Of the other levels no code is loaded and no weight is touched.
     Raises InvalidArtifact (missing, truncated or altered files, another schema), ArtifactTargetMismatch (CPU features
-    this machine lacks) and InvalidInput (num_threads below 1). No code of the artifact runs before it is checked.
+    this machine lacks) and InvalidInput (num_threads below 1, a level not held). No code of the artifact runs before it is
+    checked.
     """
     if num_threads is not None and num_threads < 1:
         raise InvalidInput(f"num_threads is {num_threads}; expected 1 or more")
     directory = Path(path)
+    manifest, weights = open_artifact(directory)
+    level = choose_level(manifest.levels, cpu_features(), isa or os.environ.get(ISA_VARIABLE) or None)
+    parameters = [weights[tensor] for tensor in level.parameters.values()]
+    executable = Executable((directory / level.library).resolve(), parameters)
+    tokenizer = (directory / TOKENIZER).read_text("utf-8") if TOKENIZER in manifest.files else None
+    return Engine(manifest, level, executable, tokenizer, num_threads or available_cores())
+
+
+def open_artifact(directory: Path) -> tuple[Manifest, dict[str, NDArray[Any]]]:
+    """Check the files of the artifact at `directory`; its manifest and its tensors, mapped. Raises InvalidArtifact."""
     manifest = read_manifest(directory)
     _check_files(directory, manifest)
-    check_cpu(manifest.isa, cpu_features())
     weights = map_weights(directory / WEIGHTS)
-    missing = [name for name in manifest.parameters if name not in weights]
-    if missing:
-        raise InvalidArtifact(f"{directory / WEIGHTS} lacks the parameter {missing[0]}; compile the model again")
-    executable = Executable((directory / LIBRARY).resolve(), [weights[name] for name in manifest.parameters])
-    tokenizer = (directory / TOKENIZER).read_text("utf-8") if TOKENIZER in manifest.files else None
-    return Engine(manifest, executable, tokenizer, num_threads or available_cores())
+    for level in manifest.levels:
+        for tensor in level.parameters.values():
+            if tensor not in weights:
+                raise InvalidArtifact(f"{directory / WEIGHTS} lacks the tensor {tensor}; compile the model again")
+    return manifest, weights
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -85,9 +97,12 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
 class Engine:
     """A loaded artifact. Calls from several threads are safe and run one after the other."""
 
-    def __init__(self, manifest: Manifest, executable: Executable, tokenizer: str | None, num_threads: int) -> None:
+    def __init__(
+        self, manifest: Manifest, level: LevelRecord, executable: Executable, tokenizer: str | None, num_threads: int
+    ) -> None:
         """Use `load`."""
         self.manifest = manifest
+        self.level = level
         self.num_threads = num_threads
         self._executable = executable
         self._tokenizer_text = tokenizer

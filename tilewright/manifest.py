@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,23 +17,14 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 
 from tilewright.errors import InvalidArtifact
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GROUP = 16  # tokens per group of the compiled module's token axis
 
 MANIFEST = "manifest.json"
-LIBRARY = "model.so"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 
 InputName = Literal["input_ids", "attention_mask", "token_type_ids"]
-
-
-@dataclass(frozen=True)
-class RequiredIsa:
-    """The ISA level compiled for and the CPU features it needs, by LLVM's names (avx2, fma, avx512vnni, amx-int8)."""
-
-    name: str
-    features: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,30 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class LevelRecord:
+    """The module of one ISA level.
+
+    features: what the CPU must have, by LLVM's names (avx2, fma, avx512vnni, amx-int8). library: its file. parameters: the
+    module's parameters in order, each with the tensor of the weights file that holds it. layers: how Linears were compiled.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    library: str
+    parameters: dict[str, str]
+    layers: tuple[LayerRecord, ...] = ()
+
+    def missing(self, available: Collection[str]) -> tuple[str, ...]:
+        """The features it needs that `available` lacks."""
+        return tuple(feature for feature in self.features if feature not in available)
+
+
+def library_name(level: str) -> str:
+    """File name of a level's module."""
+    return f"model.{level}.so"
+
+
+@dataclass(frozen=True)
 class Limits:
     """Bounds on a call. `max_tokens` bounds one run of the module (a multiple of 16); larger batches are split."""
 
@@ -75,14 +91,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. `parameters` orders the module's weights; `files` holds the sha256 of every other file."""
+    """The whole manifest. `levels` are listed from the least to the best; `files` holds the sha256 of every other file."""
 
-    isa: RequiredIsa
+    levels: tuple[LevelRecord, ...]
     inputs: tuple[InputName, ...]
     outputs: tuple[Output, ...]
     limits: Limits
-    parameters: tuple[str, ...] = ()
-    layers: tuple[LayerRecord, ...] = ()
     architecture: str = ""
     labels: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -124,8 +138,13 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return "`limits` must be positive"
     if limits.max_tokens % GROUP or limits.max_tokens < limits.max_positions:
         return f"`max_tokens` must be a multiple of {GROUP} that holds a sequence of `max_positions`"
-    if not {LIBRARY, WEIGHTS} <= files.keys() or any(Path(name).name != name for name in files):
-        return f"`files` must be plain names and list {LIBRARY} and {WEIGHTS}"
+    if not 0 < len({level.name for level in manifest.levels}) == len(manifest.levels):
+        return "`levels` must be distinct and not empty"
+    for name in (WEIGHTS, *(level.library for level in manifest.levels)):
+        if name not in files:
+            return f"`files` must list {name}"
+    if any(Path(name).name != name for name in files):
+        return "`files` must be plain names"
     return None
 
 

@@ -41,7 +41,7 @@ def _library() -> ctypes.CDLL:
 
 
 class Executable:
-    """The `main` function of a model.so with its parameters bound; not safe for concurrent calls."""
+    """The `main` function of a compiled module with its parameters bound; not safe for concurrent calls."""
 
     def __init__(self, library: Path, parameters: Sequence[NDArray[Any]]) -> None:
         """`parameters` are passed on without a copy and must be writable (DLPack) and aligned to 64 bytes."""

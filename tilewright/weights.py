@@ -7,6 +7,7 @@ open the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -53,8 +54,34 @@ def write_weights(path: Path, weights: Mapping[str, NDArray[Any]]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array, gap in zip(weights.values(), gaps, strict=True):
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(_bytes(array))
             file.write(bytes(gap))
+
+
+class WeightPool:
+    """Weights of several modules, each content stored once: what modules pack alike they share."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, NDArray[Any]] = {}
+        self._names: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
+
+    def add(self, level: str, weights: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+        """Add the weights of `level`; returns for each, in order, the name of the tensor that holds it.
+
+        That is its own name, with the level behind it where an earlier level has other content under that name.
+        """
+        parameters = {}
+        for name, array in weights.items():
+            key = hashlib.sha256(_bytes(array)).digest(), array.dtype.str, array.shape
+            if key not in self._names:
+                self._names[key] = name if name not in self.tensors else f"{name}@{level}"
+                self.tensors[self._names[key]] = array
+            parameters[name] = self._names[key]
+        return parameters
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def map_weights(path: Path) -> dict[str, NDArray[Any]]:

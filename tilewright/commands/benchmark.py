@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tilewright.commands.output import Json, Threads, print_json, stderr, stdout, table
+from tilewright.commands.output import IsaLevel, Json, Threads, print_json, stderr, stdout, table
 from tilewright.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def benchmark(
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a call.")] = 1,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 128,
     threads: Threads = None,
+    isa: IsaLevel = None,
     duration: Annotated[float, typer.Option(min=0.0, help="Seconds of timed calls, for each engine.")] = 3.0,
     baseline: Annotated[str | None, typer.Option(help="Engine to compare with: onnxruntime.")] = None,
     baseline_model: Annotated[Path | None, typer.Option(help="ONNX file that the baseline runs.")] = None,
@@ -33,9 +34,9 @@ def benchmark(
     reference = _baseline_model(baseline, baseline_model)
     from tilewright.engine import load
 
-    engine = load(artifact, threads)
+    engine = load(artifact, threads, isa)
     with stderr().status("measuring ..."):
-        result: dict[str, Any] = {"artifact": str(artifact), "isa": engine.manifest.isa.name}
+        result: dict[str, Any] = {"artifact": str(artifact), "isa": engine.level.name}
         if reference is None:
             result[_OURS] = dataclasses.asdict(engine.benchmark(batch, seq_len, duration=duration))
         else:

@@ -1,4 +1,4 @@
-"""`tilewright inspect`: what is in a model and what would run sparse."""
+"""`tilewright inspect`: what is in a model and what would run sparse, or what is in an artifact."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tilewright.commands.output import Json, block_name, print_json, print_note, stdout, table
+from tilewright.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from tilewright.codegen.plan import LayerPlan, LinearPlan
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Hugging Face directory or ONNX file.")],
-    target: Annotated[str, typer.Option(help="What to plan for, as for compile.")] = "native",
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory, ONNX file or artifact.")],
+    target: Annotated[str, typer.Option(help="What to plan a model for, as for compile, but one.")] = "native",
     as_json: Json = False,
 ) -> None:
-    """Show a model's layers, their density per block shape, and the kernel each would run with."""
+    """Show a model's layers, their density per block shape, and the kernel each would run with; or an artifact's levels."""
+    if (model / MANIFEST).is_file():
+        _inspect_artifact(model, as_json)
+        return
     from tilewright import frontend
     from tilewright.cpu import cpu_features
     from tilewright.schedules.blocks import plan
@@ -34,6 +38,20 @@ def inspect(
         print_json(_as_json(model, isa.name, report, plans))
     else:
         _print(model, isa.name, report, plans)
+
+
+def _inspect_artifact(path: Path, as_json: bool) -> None:
+    from tilewright.commands.artifact import print_kernels, print_levels, report, size
+
+    result = report(path)
+    if as_json:
+        print_json(result)
+        return
+    outputs = ", ".join(output["name"] for output in result["outputs"])
+    text = f"{path}: {result['architecture']}, {size(result)}, up to {result['max_positions']} tokens, gives {outputs}"
+    stdout().print(text, markup=False)
+    print_levels(result)
+    print_kernels(result)
 
 
 def _per_linear(layer: LayerPlan) -> tuple[LinearPlan, ...]:

@@ -16,6 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+IsaLevel = Annotated[
+    str | None,
+    typer.Option("--isa", help="ISA level of the artifact to run.", show_default="TILEWRIGHT_ISA, else the best here"),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run on.", show_default="the cores available")]
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal, whose width rich would take to be 80
@@ -65,13 +69,13 @@ def block_name(block: tuple[int, int] | None) -> str:
 
 @contextmanager
 def stages(seconds: dict[str, float]) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call with each stage's name as it begins; fills in how long each took."""
+    """Yield a function to call with each stage's name as it begins; fills in how long each took in all."""
     console = stderr()
     current: list[tuple[str, float]] = []
 
     def finish() -> None:
         for name, started in current:
-            seconds[name] = time.perf_counter() - started
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
         current.clear()
 
     with console.status("") as status:

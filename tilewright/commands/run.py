@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tilewright.commands.output import Json, Threads, print_json, stdout, table
+from tilewright.commands.output import IsaLevel, Json, Threads, print_json, stdout, table
 from tilewright.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def run(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File.npz to write all outputs to.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
     threads: Threads = None,
+    isa: IsaLevel = None,
     as_json: Json = False,
 ) -> None:
     """Run an artifact and print what its head says about each sequence."""
@@ -44,7 +45,7 @@ def run(
     from tilewright.commands.results import kind_of, read
     from tilewright.engine import load
 
-    engine = load(artifact, threads)
+    engine = load(artifact, threads, isa)
     if source is not None:
         inputs: Arrays = read_arrays(source, [tensor.name for tensor in engine.inputs])
         outputs = engine(**inputs)
@@ -60,7 +61,7 @@ def run(
     kind, results = kind_of(engine.manifest), read(engine.manifest, outputs, sequences)
     if as_json:
         shapes = {name: list(array.shape) for name, array in outputs.items()}
-        print_json({"artifact": str(artifact), "kind": kind, "outputs": shapes, "results": results})
+        print_json({"artifact": str(artifact), "isa": engine.level.name, "kind": kind, "outputs": shapes, "results": results})
     else:
         _print(kind, results, outputs)
 
