@@ -3,7 +3,8 @@
 The CPU is that of Bochs, as the library `bochscpu`. Its page tables map every gigabyte in which this process has memory
 to a gigabyte of guest-physical memory, whose pages are this process's pages, so functions and data keep their addresses.
 There is no guest system: code runs in ring 0, and return address, system calls and exceptions all lead to instructions
-that hand control back to Python. The CPU model can be chosen once per process.
+that hand control back to Python, which executes tile instructions itself (see `emulated_amx`). The CPU model can be chosen
+once per process.
 """
 
 from __future__ import annotations
@@ -17,16 +18,24 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tests.emulated_amx import Bytes, TileFault, Tiles
+
 MODELS = {"haswell": 24, "skylake_x": 26, "icelake_u": 28, "sapphire_rapids": 30, "arrow_lake": 31}
 """CPU to its place in the list of Bochs 3 (cpu/cpudb.h)."""
 
 _AVX512 = ("skylake_x", "icelake_u", "sapphire_rapids")
+_AMX = ("sapphire_rapids",)
 _PAGE, _GIGABYTE = 1 << 12, 1 << 30
 _FIRST_GIGABYTE = 4  # devices have addresses below
 _PRESENT_WRITABLE, _HUGE = 3, 0x80
 _LEAVE = b"\x0f\x09"  # WBINVD, which calls a hook and does nothing else
+_RETURN = b"\x48\xcf"  # IRETQ
+_ILLEGAL = 6
 _EXCEPTIONS = {0: "#DE divide error", 6: "#UD illegal instruction", 13: "#GP general protection", 14: "#PF page fault"}
 _PUSHES_ERROR_CODE = (8, 10, 11, 12, 13, 14, 17)
+_REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{number}" for number in range(8, 16)))
 _SYSTEM_CALLS = (9, 10, 11, 12, 25, 28, 202)  # mmap, mprotect, munmap, brk, mremap, madvise, futex
 _ARCH_PRCTL, _ARCH_GET_FS = 158, 0x1003
 
@@ -71,15 +80,18 @@ class Machine:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.syscall.restype = ctypes.c_long
         self._fs = _parked_thread(self._libc)
-        self._tables, self._kernel, self._nowhere = _pages(16), _pages(2), _pages(1)
+        self._tables, self._kernel, self._nowhere = _pages(16), _pages(3), _pages(1)
         self._stack_top = _pages(1024) + 1024 * _PAGE
         self._returned, self._syscall, self._trap = (self._kernel + offset for offset in (0, 16, 32))
         for address in (self._returned, self._syscall, self._trap):
-            ctypes.memmove(address, _LEAVE, 2)
-        self._gdt, self._idt = self._kernel + 64, self._kernel + _PAGE
+            ctypes.memmove(address, _LEAVE + _RETURN, 4)
+        self._gdt, self._tss, self._idt = self._kernel + 64, self._kernel + 128, self._kernel + _PAGE
         ctypes.memmove(self._gdt, struct.pack("<3Q", 0, 0xAF9B000000FFFF, 0xCF93000000FFFF), 24)
-        gate = struct.pack("<HHHHII", self._trap & 0xFFFF, 8, 0x8E00, self._trap >> 16 & 0xFFFF, self._trap >> 32, 0)
+        # exceptions have a stack of their own, because code may use the red zone below its stack pointer
+        _write(self._tss + 36, self._kernel + 3 * _PAGE)
+        gate = struct.pack("<HHHHII", self._trap & 0xFFFF, 8, 0x8E01, self._trap >> 16 & 0xFFFF, self._trap >> 32, 0)
         ctypes.memmove(self._idt, gate * 256, _PAGE)
+        self._tiles = Tiles(self._memory) if model in _AMX else None
 
     def call(self, function: int, *arguments: int) -> int:
         """rax after function(*arguments), at most six integers or pointers. Raises EmulationError."""
@@ -98,7 +110,8 @@ class Machine:
             if self._wild:
                 raise EmulationError(f"access to unmapped memory at {self._wild[0]:#x}, code near {_where(cpu.rip)}")
             if self._vectors:
-                raise EmulationError(self._exception(cpu))
+                self._handle_exception(cpu)
+                continue
             if cpu.rip == self._returned + len(_LEAVE):
                 return int(cpu.rax)
             if cpu.rip != self._syscall + len(_LEAVE):
@@ -119,6 +132,7 @@ class Machine:
         state.lstar, state.star, state.sfmask = self._syscall, 8 << 32, 0
         state.cs, state.fs = flat(8, 0xA09B), flat(16, 0xC093, self._fs)
         state.ss = state.ds = state.es = state.gs = flat(16, 0xC093)
+        state.tr = flat(40, 0x8B, self._tss)
         for name, base, size in (("gdtr", self._gdt, 24), ("idtr", self._idt, _PAGE)):
             table = self._bochs.GlobalSegment()
             table.base, table.limit = base, size - 1
@@ -161,12 +175,32 @@ class Machine:
     def _has(self, page: int) -> bool:
         return any(start <= page < end for start, end in self._regions)
 
-    def _exception(self, cpu: Any) -> str:
+    def _memory(self, address: int, size: int) -> Bytes:
+        """A view of this process's memory; raises EmulationError where there is none."""
+        for page in range(address & -_PAGE, address + size, _PAGE):
+            if not self._has(page):
+                self._regions = _memory_regions()
+            if not self._has(page):
+                raise EmulationError(f"a tile instruction wants unmapped memory at {address:#x}")
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def _handle_exception(self, cpu: Any) -> None:
+        """Execute a tile instruction and have the CPU continue after it; raises EmulationError for anything else."""
         vector = self._vectors[0]
+        self._vectors.clear()
         frame = cpu.rsp + (8 if vector in _PUSHES_ERROR_CODE else 0)
-        rip = ctypes.c_uint64.from_address(frame).value
-        code = ctypes.string_at(rip, 12).hex() if self._has(rip & -_PAGE) else "unmapped"
-        return f"{_EXCEPTIONS.get(vector, f'exception {vector}')} at {_where(rip)}, bytes {code}"
+        rip, stack = (ctypes.c_uint64.from_address(frame + offset).value for offset in (0, 24))
+        code = ctypes.string_at(rip, 15) if self._has(rip & -_PAGE) else b""
+        if vector == _ILLEGAL and self._tiles and code:
+            try:
+                length = self._tiles.execute(code, rip, lambda n: stack if n == 4 else getattr(cpu, _REGISTERS[n]))
+            except TileFault as fault:
+                raise EmulationError(f"{fault} at {_where(rip)}") from None
+            if length:
+                _write(frame, rip + length)
+                return
+        name = _EXCEPTIONS.get(vector, f"exception {vector}")
+        raise EmulationError(f"{name} at {_where(rip)}, bytes {code[:12].hex() or 'unmapped'}")
 
     def _system_call(self, state: Any) -> Any:
         """Pass on what malloc and pthread_once need."""
