@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tilewright.commands.output import Json, block_name, print_json, print_note, stdout, table
+from tilewright.errors import InvalidInput
 from tilewright.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def inspect(
 ) -> None:
     """Show a model's layers, their density per block shape, and the kernel each would run with; or an artifact's levels."""
     if (model / MANIFEST).is_file():
+        if target != "native":
+            raise InvalidInput(f"--target {target} was given; {model} is an artifact, compiled already; leave --target out")
         _inspect_artifact(model, as_json)
         return
     from tilewright import frontend
