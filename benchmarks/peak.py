@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tilewright.cpu import cpu_features
 from tilewright.schedules.isa import ISAS
@@ -89,7 +90,7 @@ def _best(number: int, per_iteration: int, seconds: float) -> float:
     return per_iteration * iterations / min(took, _timed(run, iterations), _timed(run, iterations)) / 1e9
 
 
-def _timed(run: ctypes._CFuncPtr, iterations: int) -> float:
+def _timed(run: Any, iterations: int) -> float:
     start = time.perf_counter()
     run(ctypes.c_long(iterations))
     return time.perf_counter() - start
