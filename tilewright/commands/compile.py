@@ -42,4 +42,4 @@ def compile(
         print_levels(result)
     levels = ", ".join(level.name for level in artifact.manifest.levels)
     times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    stdout().print(f"{artifact.path}: {levels}, {size(result)} ({times})", markup=False)
+    stdout().print(f"{artifact.path}: {levels}, {size(result)} ({times})", markup=False, soft_wrap=True)
