@@ -65,6 +65,7 @@ def test_manifest_round_trips_and_hashes_every_other_file(toy_artifact: Path) ->
     ("change", "message"),
     [
         (lambda m: m.update(schema_version=99), "schema version 99"),
+        (lambda m: m.update(schema_version=1), "schema version 1, expected 2; compile the model again"),
         (lambda m: m.pop("limits"), "'limits' is missing"),
         (lambda m: m.update(colour="red"), "unknown field 'colour'"),
         (
@@ -95,6 +96,13 @@ def test_bad_manifest_is_refused_by_field(toy_copy: Path, change: Callable[[Any]
     with pytest.raises(InvalidArtifact, match=message) as caught:
         tilewright.load(toy_copy)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"shift": "shift"}, {"table": "table", "shift": "shift"}])
+def test_parameters_that_the_module_does_not_take_are_refused(toy_copy: Path, parameters: dict[str, str]) -> None:
+    edit_manifest(toy_copy, lambda m: m["levels"][0].update(parameters=parameters))
+    with pytest.raises(InvalidArtifact, match="other parameters than its module takes"):
+        tilewright.load(toy_copy)([[1]])
 
 
 @pytest.mark.parametrize("text", ["", '{"schema_version": 2, "isa"', "[]", "null", "\udcff"])

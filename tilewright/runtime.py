@@ -59,7 +59,13 @@ class Executable:
 
     def __call__(self, *inputs: NDArray[np.int32]) -> list[NDArray[np.float32]]:
         """Run the module; `inputs` are contiguous and aligned to 64 bytes, the outputs are the caller's to keep."""
-        outputs: list[Any] = [np.from_dlpack(output) for output in self._main(*inputs, self._parameters)]
+        try:
+            results = self._main(*inputs, self._parameters)
+        except ValueError as error:  # the VM compares the parameters with the types in its code
+            raise InvalidArtifact(
+                "the manifest lists other parameters than its module takes; compile the model again"
+            ) from error
+        outputs: list[Any] = [np.from_dlpack(result) for result in results]
         self._bound_pool(outputs)
         return outputs
 
