@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import weakref
@@ -15,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tilewright.artifact import open_artifact
 from tilewright.cpu import ISA_VARIABLE, available_cores, choose_level, cpu_features
-from tilewright.errors import InvalidArtifact, InvalidInput
-from tilewright.manifest import GROUP, MANIFEST, TOKENIZER, WEIGHTS, LevelRecord, Manifest
-from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, summarize, time_calls
+from tilewright.errors import InvalidInput
+from tilewright.manifest import GROUP, TOKENIZER, LevelRecord, Manifest
+from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, random_ids, summarize, time_calls
 from tilewright.packing import Float32, Int32, Packed, pack
 from tilewright.runtime import Executable, acquire_threads, release_threads
-from tilewright.weights import map_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,43 +54,6 @@ def load(path: str | Path, num_threads: int | None = None, isa: str | None = Non
     executable = Executable((directory / level.library).resolve(), parameters)
     tokenizer = (directory / TOKENIZER).read_text("utf-8") if TOKENIZER in manifest.files else None
     return Engine(manifest, level, executable, tokenizer, num_threads or available_cores())
-
-
-def open_artifact(directory: Path) -> tuple[Manifest, dict[str, NDArray[Any]]]:
-    """Check the files of the artifact at `directory`; its manifest and its tensors, mapped. Raises InvalidArtifact."""
-    manifest = read_manifest(directory)
-    _check_files(directory, manifest)
-    weights = map_weights(directory / WEIGHTS)
-    for level in manifest.levels:
-        for tensor in level.parameters.values():
-            if tensor not in weights:
-                raise InvalidArtifact(f"{directory / WEIGHTS} lacks the tensor {tensor}; compile the model again")
-    return manifest, weights
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """Read an artifact's manifest alone; raises InvalidArtifact."""
-    try:
-        return Manifest.from_json((directory / MANIFEST).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise InvalidArtifact(
-            f"{directory} is not an artifact ({MANIFEST}: {reason}); expected what `tilewright compile` writes"
-        ) from None
-
-
-def _check_files(directory: Path, manifest: Manifest) -> None:
-    for name, expected in manifest.files.items():
-        try:
-            with (directory / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InvalidArtifact(f"{directory / name} cannot be read ({error.strerror}); copy the artifact again") from None
-        if found != expected:
-            raise InvalidArtifact(
-                f"{directory / name} was altered: its sha256 is {found[:12]}..., the manifest says {expected[:12]}...; "
-                "copy or compile it again"
-            )
 
 
 class Engine:
@@ -162,7 +124,7 @@ class Engine:
         warmup: int = 3,
     ) -> BenchmarkResult:
         """Time calls on random ids [batch, seq_len]: `iterations` of them, or for `duration` seconds."""
-        ids = np.random.default_rng(0).integers(0, self.manifest.limits.vocab_size, (batch, seq_len))
+        ids = random_ids(self.manifest.limits.vocab_size, batch, seq_len)
         samples = time_calls(lambda: self(ids), duration=duration, iterations=iterations, warmup=warmup)
         return summarize(samples, batch, seq_len, self.num_threads)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class KernelClock:
         times.sort(key=lambda kernel: -kernel.microseconds)
         rest = run_seconds * 1e6 - sum(kernel.microseconds for kernel in times)
         return (*times, KernelTime("other", 1, max(rest, 0.0)))
+
+
+def random_ids(vocab_size: int, batch: int, seq_len: int) -> NDArray[np.int64]:
+    """Token ids [batch, seq_len] to measure with, the same in every process."""
+    return np.random.default_rng(0).integers(0, vocab_size, (batch, seq_len))
 
 
 def time_calls(call: Callable[[], object], *, duration: float, iterations: int | None, warmup: int) -> list[float]:
