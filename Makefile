@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 MAKE_VENV = $(PYTHON) -m venv $(1) 2>/dev/null || \
 	{ $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install --quiet pip; }
 
-.PHONY: quickstart test lint wheel smoke clean
+.PHONY: quickstart test lint wheel smoke peers clean
 
 quickstart: $(VENV)/installed-quickstart
 	$(BIN)/python -m benchmarks.quickstart
@@ -38,8 +38,21 @@ smoke: wheel
 	build/venv/bin/python -m pip install --quiet $(PIP_ARGS) build/wheel/*.whl
 	cd build && env PATH="$$PWD/venv/bin" venv/bin/python -I ../tests/wheel_smoke.py toy.tw
 
+# Environments of the engines that benchmarks compare with, one each; `make -k` goes on where one cannot be made.
+# DeepSparse has no wheels for Python later than 3.11 and a licence for evaluation only: no other target needs it.
+PEERS := .bench/envs
+peers: $(patsubst benchmarks/peers/requirements/%.txt,$(PEERS)/%/installed,$(wildcard benchmarks/peers/requirements/*.txt))
+
+$(PEERS)/deepsparse/installed: PYTHON := $(or $(shell command -v python3.11),$(PYTHON))
+
+$(PEERS)/%/installed: benchmarks/peers/requirements/%.txt
+	mkdir -p $(PEERS)
+	$(call MAKE_VENV,$(@D))
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build .bench *.egg-info
 
 $(VENV)/created:
 	$(call MAKE_VENV,$(VENV))

@@ -1,9 +1,8 @@
-"""Random-weight encoders of published sizes with exactly pruned blocks, as Hugging Face directories and ONNX files."""
+"""Random-weight encoders of published sizes with exactly pruned blocks, as Hugging Face directories."""
 
 from __future__ import annotations
 
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,37 +68,3 @@ def _mask(shape: tuple[int, ...], block: tuple[int, int], sparsity: float, rando
 def quantized(directory: Path, output: Path) -> Path:
     """The model quantised on 32 SQuAD sentences."""
     return quantize(directory, assets.squad_sentences(32), output)
-
-
-def export_onnx(directory: Path, path: Path) -> Path:
-    """The float model as ONNX with dynamic batch and length, attention fused by ONNX Runtime's own optimizer."""
-    from onnxruntime.transformers.optimizer import optimize_model
-
-    model = transformers.AutoModelForQuestionAnswering.from_pretrained(directory, attn_implementation="eager").eval()
-    ids = torch.ones(1, 8, dtype=torch.int64)
-    axes = {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask", "start_logits", "end_logits")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Positional(model),
-            (ids, ids),
-            path,
-            input_names=["input_ids", "attention_mask"],
-            output_names=["start_logits", "end_logits"],
-            dynamic_axes=axes,
-            opset_version=17,
-            dynamo=False,
-        )
-    config = model.config
-    fused = optimize_model(str(path), "bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size)
-    fused.save_model_to_file(str(path))
-    return path
-
-
-class _Positional(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).to_tuple()
