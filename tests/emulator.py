@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from tests.emulated_cpu import EmulationError, Machine
 from tilewright import engine
+from tilewright.artifact import read_manifest
 from tilewright.runtime import CallerThread
 
 Array = NDArray[Any]
@@ -126,7 +127,7 @@ class Encoder:
 
     def run(self, machine: Machine | None) -> Trace:
         """With no machine, kernels run natively too."""
-        needed = frozenset(f for level in engine.read_manifest(self.artifact).levels for f in level.features)
+        needed = frozenset(f for level in read_manifest(self.artifact).levels for f in level.features)
         told = needed if self.features is None else self.features
         known, engine.cpu_features = engine.cpu_features, lambda: told
         try:

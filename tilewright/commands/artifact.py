@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tilewright.artifact import open_artifact
 from tilewright.commands.output import block_name, print_note, stdout, table
 from tilewright.cpu import cpu_features
-from tilewright.engine import open_artifact
 from tilewright.manifest import LayerRecord, LevelRecord
 
 
