@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tilewright.commands.output import IsaLevel, Json, Threads, print_json, stderr, stdout, table
+from tilewright.commands.throughput import Goal, search
 from tilewright.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -28,9 +29,28 @@ def benchmark(
     baseline: Annotated[str | None, typer.Option(help="Engine to compare with: onnxruntime.")] = None,
     baseline_model: Annotated[Path | None, typer.Option(help="ONNX file that the baseline runs.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Time every kernel.")] = False,
+    latency_bound: Annotated[
+        str | None,
+        typer.Option(help="Search batch, instances and threads for the highest throughput within this latency, as 10ms."),
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="Cores that the search may use.", show_default="the cores available")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch of the search.")] = 8,
+    percentile: Annotated[float, typer.Option(min=0, max=100, help="Percentile of latency that must keep the bound.")] = 99,
     as_json: Json = False,
 ) -> None:
-    """Measure an artifact on random token ids; a baseline runs in turns with it."""
+    """Measure an artifact on random token ids; a baseline runs in turns with it.
+
+    With --latency-bound, find the highest throughput of several instances side by side.
+    """
+    if latency_bound is not None:
+        if baseline or baseline_model or profile or threads or batch != 1:
+            raise InvalidInput("--latency-bound chooses batch and threads itself and takes no baseline or profile; drop these")
+        search(artifact, isa, Goal(latency_bound, percentile, cores, max_batch, seq_len, duration), as_json)
+        return
+    if cores is not None:
+        raise InvalidInput("--cores is for --latency-bound; give --threads to measure one setting")
     reference = _baseline_model(baseline, baseline_model)
     from tilewright.engine import load
 
@@ -59,17 +79,11 @@ def _baseline_model(baseline: str | None, model: Path | None) -> Path | None:
     return model
 
 
-def _ids(engine: Engine, batch: int, seq_len: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng(0).integers(0, engine.manifest.limits.vocab_size, (batch, seq_len))
-
-
 def _compare(engine: Engine, model: Path, batch: int, seq_len: int, duration: float) -> dict[str, Any]:
     from tilewright.baseline import OnnxRuntime, time_in_turns
-    from tilewright.measure import summarize
+    from tilewright.measure import random_ids, summarize
 
-    ids, session = _ids(engine, batch, seq_len), OnnxRuntime(model, engine.num_threads)
+    ids, session = random_ids(engine.manifest.limits.vocab_size, batch, seq_len), OnnxRuntime(model, engine.num_threads)
     samples = time_in_turns({_OURS: lambda: engine(ids), _BASELINE: lambda: session(ids)}, duration)
     results = {name: dataclasses.asdict(summarize(s, batch, seq_len, engine.num_threads)) for name, s in samples.items()}
     return {
@@ -81,7 +95,9 @@ def _compare(engine: Engine, model: Path, batch: int, seq_len: int, duration: fl
 
 
 def _profile(engine: Engine, batch: int, seq_len: int) -> list[dict[str, Any]]:
-    times = engine.profile({"input_ids": _ids(engine, batch, seq_len)})
+    from tilewright.measure import random_ids
+
+    times = engine.profile({"input_ids": random_ids(engine.manifest.limits.vocab_size, batch, seq_len)})
     total = sum(kernel.microseconds for kernel in times)
     return [{**dataclasses.asdict(kernel), "share": kernel.microseconds / total} for kernel in times]
 
