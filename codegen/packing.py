@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import BlockSparseMatrix
 from tilewright.codegen.kernels.linear import INDEX_BYTES, row_block
+from tilewright.codegen.tiles import TILE
 from tilewright.codegen.workload import GROUP, Workload
 from tilewright.errors import UnsupportedModel
 
@@ -73,25 +74,32 @@ def _pack_column(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
 
 def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [bn, pack] of `pack` non-zero columns each; the last entry of a row-block is filled with zero weights."""
-    pack = workload.operands.pack
-    bn, _ = matrix.block
-    counts = np.diff(matrix.indptr)
-    entries = -(-counts // pack)
-    indptr = np.concatenate([[0], np.cumsum(entries)])
-    # position of every block in the padded sequence
-    target = np.arange(len(matrix.indices)) + np.repeat(indptr[:-1] * pack - matrix.indptr[:-1], counts)
-    weight = np.zeros((indptr[-1] * pack, bn), workload.operands.weight)
-    index = np.zeros(indptr[-1] * pack, np.int64)
-    weight[target] = matrix.data[:, :, 0]
-    index[target] = matrix.indices
+    weight, index, indptr = _in_entries(matrix, workload.operands.pack)
     index *= GROUP * np.dtype(workload.operands.activation).itemsize // INDEX_BYTES
-    weight = weight.reshape(-1, pack, bn).transpose(0, 2, 1)
-    return PackedLinear(
-        matrix.data.size, *_never_empty(weight, _index(index, matrix).reshape(-1, pack)), indptr.astype(np.int32)
-    )
+    weight = weight[..., 0].transpose(0, 2, 1).astype(workload.operands.weight)
+    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix)), indptr)
 
 
-_PACKERS = {"row": _pack_row, "column": _pack_column, "gather": _pack_gather}
+def _pack_tile_column(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+    """Entries [bn, 16, pack] of 16 blocks each; the last entry of a row-block is filled with zero weights."""
+    weight, index, indptr = _in_entries(matrix, TILE)
+    return PackedLinear(matrix.data.size, *_never_empty(weight.transpose(0, 2, 1, 3), _index(index, matrix)), indptr)
+
+
+def _in_entries(matrix: BlockSparseMatrix, size: int) -> tuple[NDArray[np.int8], NDArray[np.int64], NDArray[np.int32]]:
+    """Each row-block's blocks in entries of `size`, the last filled with zeros: [Z, size, bn, bk], index [Z, size], indptr."""
+    counts = np.diff(matrix.indptr)
+    indptr = np.concatenate([[0], np.cumsum(-(-counts // size))])
+    # position of every block in the padded sequence
+    target = np.arange(len(matrix.indices)) + np.repeat(indptr[:-1] * size - matrix.indptr[:-1], counts)
+    weight = np.zeros((indptr[-1] * size, *matrix.block), np.int8)
+    index = np.zeros(indptr[-1] * size, np.int64)
+    weight[target] = matrix.data
+    index[target] = matrix.indices
+    return weight.reshape(-1, size, *matrix.block), index.reshape(-1, size), indptr.astype(np.int32)
+
+
+_PACKERS = {"row": _pack_row, "column": _pack_column, "gather": _pack_gather, "tile_column": _pack_tile_column}
 
 
 def _never_empty(weight: Array, index: Array) -> tuple[Array, Array]:

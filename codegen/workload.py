@@ -19,13 +19,25 @@ ATTRIBUTE = "tilewright.workload"
 Layout = Literal["rows", "columns", "packed"]
 """Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16], packed is [G, C / pack, 16, pack]."""
 
-Family = Literal["row", "column", "gather"]
-"""Where a linear kernel's vector lanes lie: over outputs (row) or over tokens (column, gather)."""
+Family = Literal["row", "column", "gather", "tile_row", "tile_column"]
+"""Where a linear kernel's lanes lie: over outputs (row, tile_row) or over tokens; tile families multiply AMX tiles."""
 
-FAMILY_LAYOUT: dict[Family, Layout] = {"row": "rows", "column": "packed", "gather": "columns"}
+FAMILY_LAYOUT: dict[Family, Layout] = {
+    "row": "rows",
+    "column": "packed",
+    "gather": "columns",
+    "tile_row": "rows",
+    "tile_column": "packed",
+}
 """The layout in which each family reads its activations."""
 
-FAMILY_LANES: dict[Family, Layout] = {"row": "rows", "column": "columns", "gather": "columns"}
+FAMILY_LANES: dict[Family, Layout] = {
+    "row": "rows",
+    "column": "columns",
+    "gather": "columns",
+    "tile_row": "rows",
+    "tile_column": "columns",
+}
 """The layout of each family's accumulators, and so of the float32 stream it adds to without transposing."""
 
 

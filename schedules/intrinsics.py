@@ -22,6 +22,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
 from tilewright.codegen.workload import GROUP
+from tilewright.schedules.isa import ISAS
 
 Form = Literal["tokens", "outputs"]
 Emit = Callable[["IntrinSpec", Any, Any, Any], Any]
@@ -100,7 +101,8 @@ INTRINSICS: dict[str, IntrinSpec] = {
 
 def intrinsic(isa: str, form: Form, vector: str) -> IntrinSpec:
     """The spec for a level, a form and the dtype of the vector operand, registered with TVM on first use."""
-    spec = next(s for s in INTRINSICS.values() if (s.isa, s.form, s.vector) == (isa, form, vector))
+    level = ISAS[isa].vectors or isa
+    spec = next(s for s in INTRINSICS.values() if (s.isa, s.form, s.vector) == (level, form, vector))
     if TensorIntrin.get(spec.name, allow_missing=True) is None:
         TensorIntrin.register(spec.name, _describe(spec), _implement(spec))
     return spec

@@ -24,7 +24,7 @@ class Isa:
 
     mcpu: LLVM CPU of the level; code is generated for it whatever CPU is named, so that an artifact needs exactly
     `features` (LLVM names). attributes: features added to mcpu. lanes: int32 accumulators of one vector register.
-    operands: how integers are stored.
+    operands: how integers are stored. vectors: the level whose vector intrinsics it uses, empty for its own.
     """
 
     name: str
@@ -33,6 +33,12 @@ class Isa:
     features: tuple[str, ...]
     lanes: int
     operands: Operands
+    vectors: str = ""
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the level multiplies AMX tiles."""
+        return "amx-int8" in self.features
 
     def target(self) -> Target:
         """The TVM target of the level."""
@@ -45,6 +51,7 @@ class Isa:
 
 _WIDE = (48, 32, 16)  # three vectors of sixteen leave room for eight tokens' accumulators among 32 registers
 _AVX2 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
+_AMX = ("amx-tile", "amx-int8")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 ISAS: dict[str, Isa] = {
@@ -55,6 +62,15 @@ ISAS: dict[str, Isa] = {
         Isa("avxvnni", "x86-64-v3", ("avxvnni",), (*_AVX2, "avxvnni"), 8, INT8_QUADS),
         Isa("avx512", "x86-64-v4", (), _AVX512, 16, replace(INT16_PAIRS, row_blocks=_WIDE)),
         Isa("avx512vnni", "x86-64-v4", ("avx512vnni",), (*_AVX512, "avx512vnni"), 16, replace(INT8_QUADS, row_blocks=_WIDE)),
+        Isa(
+            "amx",
+            "x86-64-v4",
+            ("avx512vnni", *_AMX),
+            (*_AVX512, "avx512vnni", *_AMX),
+            16,
+            replace(INT8_QUADS, row_blocks=_WIDE),
+            vectors="avx512vnni",
+        ),
     )
 }
 """Levels from the least to the most capable; a CPU runs the last one whose features it has."""

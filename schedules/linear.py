@@ -8,6 +8,8 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from tilewright.codegen.kernels.linear import row_block
+from tilewright.codegen.kernels.tiles import tile_quads
+from tilewright.codegen.tiles import TILE_TASKS
 from tilewright.codegen.trim import SPARSE_AXIS
 from tilewright.codegen.workload import Workload
 from tilewright.errors import ScheduleMismatch
@@ -52,6 +54,8 @@ def schedule_linear(sch: Schedule, workload: Workload, decisions: LinearDecision
         raise ScheduleMismatch(f"{blocks} row-blocks do not divide into {decisions.chunks} chunks; choose a divisor")
     if workload.family == "row":
         _schedule_row(sch, workload, decisions)
+    elif workload.family in ("tile_row", "tile_column"):
+        _schedule_tiles(sch, workload, decisions)
     else:
         _schedule_tokens(sch, workload, decisions)
     if workload.residual is not None:
@@ -98,6 +102,20 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
         if row_block(workload) > 1:  # else there is no loop over a row-block's outputs: it would be the one over row-blocks
             sch.unroll(outputs)
         sch.vectorize(lanes)
+
+
+def _schedule_tiles(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
+    """The tile families: a task is a chunk for two groups of tokens; the product is one block that needs no schedule."""
+    product = sch.get_sblock("product")
+    epilogue = sch.get_sblock("epilogue")
+    p, nb = sch.get_loops(product)
+    inner = _outer(sch, product, p, nb, decisions.chunks)
+    sch.annotate(sch.get_loops(product)[0], TILE_TASKS, tile_quads(workload))
+    sch.reverse_compute_at(epilogue, inner)
+    _fuse_scatter(sch, workload, inner)
+    outputs, lane = sch.split(sch.get_loops(epilogue)[-1], [None, _lanes(workload)])
+    sch.unroll(outputs)
+    sch.vectorize(lane)
 
 
 def _schedule_row(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:

@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import tvm
 from tvm.s_tir import Schedule
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
 
 from tests.kernel_harness import Array, product
 from tests.test_intrinsics import expected, loop_nest, operands
+from tilewright.codegen import tiles
 from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.kernels.epilogue import Raw
 from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.plan import LinearPlan
+from tilewright.codegen.tiles import LEFT, RIGHT, ROW_BYTES, TILE, TILE_SPECS, TILE_TASKS, TileSpec, configure_tiles
 from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, GROUP, Layout, Workload
 from tilewright.schedules.apply import schedule
-from tilewright.schedules.blocks import BLOCKS, DENSE, legal
+from tilewright.schedules.blocks import BLOCKS, DENSE, DENSE_TILES, legal
 from tilewright.schedules.intrinsics import INTRINSICS, intrinsic
 from tilewright.schedules.isa import Isa
 
-N, K, TOKENS = 96, 72, 48
+N, K, TOKENS, CALLS = 96, 72, 48, 6
 HEADS, CHANNELS, LENGTHS = 2, 16, (1, 17, 9, 15)
 Call = tuple[list[Array], Callable[[Array], None]]
 """Arrays of a call, the output last, and the check of what it holds afterwards."""
@@ -44,7 +48,15 @@ def cases(isa: Isa) -> dict[str, Callable[[], Case]]:
     for name, spec in INTRINSICS.items():
         if spec.isa == isa.name:
             named[name.split(".")[1]] = partial(dot, name)
-    for plan in [DENSE, *(plan for plans in BLOCKS.values() for plan in plans if legal(plan, isa))]:
+    if isa.tiles:
+        for spec in TILE_SPECS.values():
+            for quads in (16, 5):
+                named[f"{spec.instruction}_{quads}"] = partial(tile_product, spec, quads)
+        for k in (64, 96, 128, 136):  # one step, two of 12 quads, two of 16, two of 17 that do not fit a tile
+            named[f"tile_row_dense_{k}"] = partial(sums, isa, DENSE_TILES, k)
+    for plan in [DENSE, DENSE_TILES, *chain(*BLOCKS.values())]:
+        if not legal(plan, isa):
+            continue
         label = "dense" if plan.block is None else f"{plan.block[0]}x{plan.block[1]}"
         named[f"{plan.family}_{label}"] = partial(sums, isa, plan)
     for consumer in FAMILY_LAYOUT.values():
@@ -81,19 +93,50 @@ def dot(name: str) -> Case:
     return Case(sch.mod["main"], [call(seed, extreme) for seed, extreme in enumerate((0.0, 0.5, 1.0))])
 
 
-def sums(isa: Isa, plan: LinearPlan) -> Case:
+def tile_product(spec: TileSpec, quads: int) -> Case:
+    """Random and extreme operands of a product of tiles, sums that wrap around too."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("tile_product")
+        left = T.arg("left", T.Buffer((CALLS, TILE, quads, 4), spec.left))
+        right = T.arg("right", T.Buffer((CALLS, quads, TILE, 4), spec.right))
+        acc = T.arg("acc", T.Buffer((CALLS, TILE, TILE), "int32"))
+        with T.parallel(0, CALLS, annotations={TILE_TASKS: quads}) as call:
+            T.evaluate(tiles.load(0, acc[call, 0, 0], ROW_BYTES))
+            T.evaluate(tiles.load(LEFT[0], left[call, 0, 0, 0], 4 * quads))
+            T.evaluate(tiles.load(RIGHT[0], right[call, 0, 0, 0], ROW_BYTES))
+            T.evaluate(tiles.multiply(spec.instruction, 0, LEFT[0], RIGHT[0]))
+            T.evaluate(tiles.save(0, acc[call, 0, 0], ROW_BYTES))
+    random = np.random.default_rng(quads)
+    drawn = []
+    for dtype, shape in ((spec.left, (TILE, quads, 4)), (spec.right, (quads, TILE, 4)), ("int32", (TILE, TILE))):
+        limits = np.iinfo(dtype)
+        inner = random.integers(limits.min, limits.max + 1, (CALLS, *shape))
+        ends = random.choice([limits.min, limits.max], (CALLS, *shape))
+        drawn.append(np.where(np.arange(CALLS).reshape(-1, *[1] * len(shape)) % 2, ends, inner).astype(dtype))
+    wide = drawn[2] + np.einsum("cmkp,cknp->cmn", drawn[0].astype(np.int64), drawn[1].astype(np.int64))
+    want = (wide + 2**31) % 2**32 - 2**31
+
+    def check(found: Array) -> None:
+        np.testing.assert_array_equal(found, want)
+        reference = [spec.reference(acc, left, right) for left, right, acc in zip(*drawn, strict=True)]
+        np.testing.assert_array_equal(found, reference)
+
+    return Case(configure_tiles(builder.get()), [(drawn, check)])
+
+
+def sums(isa: Isa, plan: LinearPlan, inputs: int = K) -> Case:
     """Integer sums of a linear kernel: random values and an empty row-block, all at the ends of their ranges, no blocks."""
-    workload = Workload("linear", N, K, isa.name, isa.operands, "raw", plan.family, plan.block)
+    workload = Workload("linear", N, inputs, isa.name, isa.operands, "raw", plan.family, plan.block)
     operands = isa.operands
 
     def call(seed: int, density: float, extreme: bool) -> Call:
         random = np.random.default_rng(seed)
         bn, bk = plan.block or (4, 4)
-        mask = random.random((N // bn, K // bk)) < density
+        mask = random.random((N // bn, inputs // bk)) < density
         mask[1] &= extreme
-        weight = random.choice([-127, 127], (N, K)) if extreme else random.integers(-127, 128, (N, K))
+        weight = random.choice([-127, 127], (N, inputs)) if extreme else random.integers(-127, 128, (N, inputs))
         weight = (weight * np.kron(mask, np.ones((bn, bk), int))).astype(np.int8)
-        x = random.integers(255 if extreme else 0, 256, (TOKENS, K))
+        x = random.integers(255 if extreme else 0, 256, (TOKENS, inputs))
         fold = random.integers(-(2**20), 2**20, N).astype(np.int32)
         want = to_layout(product(x, weight) + fold, FAMILY_LANES[plan.family], 1, "int32")
         real = np.full(N, np.nan, np.float32)

@@ -30,7 +30,13 @@ from tilewright.artifact import read_manifest
 from tilewright.runtime import CallerThread
 
 Array = NDArray[Any]
-MODEL_OF_LEVEL = {"avx2": "haswell", "avxvnni": "arrow_lake", "avx512": "skylake_x", "avx512vnni": "icelake_u"}
+MODEL_OF_LEVEL = {
+    "avx2": "haswell",
+    "avxvnni": "arrow_lake",
+    "avx512": "skylake_x",
+    "avx512vnni": "icelake_u",
+    "amx": "sapphire_rapids",
+}
 """ISA level to an emulated CPU that has it and nothing newer."""
 
 _DL_TENSOR = 7  # TVMFFITypeIndex.kTVMFFIDLTensorPtr

@@ -15,7 +15,8 @@ LEVELS = {
     "cascadelake": "avx512vnni",
     "cooperlake": "avx512vnni",
     "icelake-server": "avx512vnni",
-    "emeraldrapids": "avx512vnni",
+    "emeraldrapids": "amx",
+    "graniterapids": "amx",
     "alderlake": "avxvnni",
     "sierraforest": "avxvnni",
     "znver4": "avx512vnni",
@@ -23,6 +24,7 @@ LEVELS = {
     "c5": "avx512",
     "c6i.12xlarge": "avx512vnni",
     "c6a": "avx2",
+    "c7i": "amx",
 }
 PROCESSORS = {
     "Xeon Platinum 8375C": "icelake-server",

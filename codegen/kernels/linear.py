@@ -15,6 +15,8 @@ from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
 from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Raw
+from tilewright.codegen.kernels.tiles import product_tiles
+from tilewright.codegen.tiles import TILE
 from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, Workload
 
 
@@ -51,8 +53,11 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
         width = row_block(workload)
 
         def integer(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
-            tile = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, _lane_of(workload, t)]
-            return tile + fold[nb * width + ni]
+            if workload.family == "tile_row":
+                sums = acc[g, nb, t, ni]
+            else:
+                sums = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, _lane_of(workload, t)]
+            return sums + fold[nb * width + ni]
 
         def real(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
             n = nb * width + ni
@@ -132,7 +137,27 @@ def _product_column(workload: Workload, x: Any, groups: Expr) -> Any:
     return acc
 
 
-_PRODUCTS = {"row": _product_row, "column": _product_column, "gather": _product_gather}
+def _product_tile_row(workload: Workload, x: Any, groups: Expr) -> Any:
+    """acc[g, nb, t, ni] over weight s8[blocks, K / 4, 1, width, 4], the packing of a dense row kernel."""
+    pack, width = workload.operands.pack, row_block(workload)
+    weight = arg("weight", [workload.n // width, workload.k // pack, 1, width, pack], "int8")
+    return product_tiles(workload, x, groups, width, weight, None, None)
+
+
+def _product_tile_column(workload: Workload, x: Any, groups: Expr) -> Any:
+    """acc[g, nb, ni, t] over weight s8[entries, bn, 16, 4] and index u16[entries, 16]: 16 blocks are one entry."""
+    width = row_block(workload)
+    sparse = _sparse_args([width, TILE, workload.operands.pack], [TILE], workload.n // width, "int8")
+    return product_tiles(workload, x, groups, width, *sparse)
+
+
+_PRODUCTS = {
+    "row": _product_row,
+    "column": _product_column,
+    "gather": _product_gather,
+    "tile_row": _product_tile_row,
+    "tile_column": _product_tile_column,
+}
 
 
 _LANES = {
