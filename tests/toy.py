@@ -1,7 +1,8 @@
 """A small module on the calling convention of docs/architecture.md, for tests that need an artifact but no model.
 
 hidden[t] = table[input_ids[t]] + position + 100 * token type; score[t] = hidden[t, 0]; total = the sequence's sum of
-hidden. Also a program: `python -m tests.toy OUT.tw` writes the artifact.
+hidden, plus the first element of each page of the shift, which is 0.
+Also a program: `python -m tests.toy OUT.tw` writes the artifact.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output
 
 WIDTH = 8
 LIMITS = Limits(vocab_size=100, max_positions=32, max_tokens=64, token_types=2)
 TABLE = np.arange(LIMITS.vocab_size * WIDTH, dtype=np.float32).reshape(-1, WIDTH)
-SHIFT = np.arange(3, dtype=np.int8)  # makes the file need a gap before the table
+SHIFT = np.arange(3, dtype=np.int8)  # makes the file need a gap before the table; a larger one makes the toy heavy
+PAGE = 4096  # bytes
 
 MANIFEST = Manifest(
     levels=(
@@ -49,8 +52,8 @@ def expected(ids: list[int], types: list[int] | None = None) -> dict[str, np.nda
     return {"hidden": hidden, "score": hidden[:, 0], "total": hidden.sum(0)}
 
 
-def build_library(path: Path) -> Path:
-    """Compile the toy module to a shared object."""
+def build_library(path: Path, shift: int = len(SHIFT)) -> Path:
+    """Compile the toy module, with so many elements in the shift, to a shared object."""
     import tvm
     from tvm.script import ir as I
     from tvm.script import relax as R
@@ -87,18 +90,21 @@ def build_library(path: Path) -> Path:
                     out[vg, vt, vc] = hidden[vg, vt, vc]
 
         @T.prim_func(private=True, s_tir=True)
-        def total(hidden_: T.handle, offsets_: T.handle, out_: T.handle):
+        def total(hidden_: T.handle, offsets_: T.handle, shift_: T.handle, out_: T.handle):
             T.func_attr({"tirx.noalias": True})
             G = T.int64()
             ends = T.int64()
             B = T.int64()
             hidden = T.match_buffer(hidden_, (G, 16, 8), "float32")
             offsets = T.match_buffer(offsets_, (ends,), "int32")
+            shift_values = T.match_buffer(shift_, (shift,), "int8")
             out = T.match_buffer(out_, (B, 8), "float32")
             for b, c in T.grid(B, 8):
                 with T.sblock("total"):
                     vb, vc = T.axis.remap("SS", [b, c])
                     out[vb, vc] = T.float32(0)
+                    for p in range(-(-shift // PAGE)):
+                        out[vb, vc] = out[vb, vc] + T.Cast("float32", shift_values[p * PAGE])
                     for t in range(offsets[vb + 1] - offsets[vb]):
                         out[vb, vc] = out[vb, vc] + hidden[(offsets[vb] + t) // 16, (offsets[vb] + t) % 16, vc]
 
@@ -108,7 +114,7 @@ def build_library(path: Path) -> Path:
             position_ids: R.Tensor(("G", 16), "int32"),
             token_type_ids: R.Tensor(("G", 16), "int32"),
             offsets: R.Tensor(("ends",), "int32"),
-            params: R.Tuple(R.Tensor((3,), "int8"), R.Tensor((100, 8), "float32")),
+            params: R.Tuple(R.Tensor((shift,), "int8"), R.Tensor((100, 8), "float32")),
         ):
             R.func_attr({"tir_var_upper_bound": {"G": 4}})
             G = T.int64()
@@ -117,7 +123,7 @@ def build_library(path: Path) -> Path:
                 h = R.call_tir(
                     Toy.hidden, (input_ids, position_ids, token_type_ids, params[1]), R.Tensor((G, 16, 8), "float32"))
                 score = R.call_tir(Toy.score, (h,), R.Tensor((G, 16, 1), "float32"))
-                total = R.call_tir(Toy.total, (h, offsets), R.Tensor((ends - 1, 8), "float32"))
+                total = R.call_tir(Toy.total, (h, offsets, params[0]), R.Tensor((ends - 1, 8), "float32"))
                 R.output(h, score, total)
             return (h, score, total)
     # fmt: on
@@ -126,12 +132,12 @@ def build_library(path: Path) -> Path:
     return path
 
 
-def write(path: Path, library: Path, manifest: Manifest = MANIFEST) -> Path:
+def write(path: Path, library: Path, manifest: Manifest = MANIFEST, shift: NDArray[np.int8] = SHIFT) -> Path:
     """Write the toy's artifact; all its levels have the same code."""
     from tilewright.codegen.artifact import write_artifact
 
     libraries = {level.name: library for level in manifest.levels}
-    weights = {"shift": SHIFT, "table": TABLE}
+    weights = {"shift": shift, "table": TABLE}
     write_artifact(path, libraries=libraries, weights=weights, manifest=manifest, tokenizer=TOKENIZER)
     return path
 

@@ -179,7 +179,7 @@ class _Instance:
             private=(total["Private_Clean"] + total["Private_Dirty"]) * 1024,
             proportional=total["Pss"] * 1024,
             weights=sum(area["Rss"] for area in weights) * 1024,
-            weights_copied=sum(area["Private_Dirty"] for area in weights) * 1024,
+            weights_copied=sum(area["Anonymous"] for area in weights) * 1024,
         )
 
 
