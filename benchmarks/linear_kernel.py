@@ -94,7 +94,7 @@ def _counts(spread: str, rows: int, columns: int, kept: int, random: np.random.G
         drawn: NDArray[np.int64] = random.multivariate_hypergeometric([columns] * rows, kept, method="marginals")
         return drawn
     wanted = np.ones(rows) if spread == "even" else random.lognormal(sigma=1.0, size=rows)
-    counts = np.minimum(wanted / wanted.sum() * kept, columns).astype(np.int64)
+    counts: NDArray[np.int64] = np.minimum(wanted / wanted.sum() * kept, columns).astype(np.int64)
     while (missing := kept - counts.sum()) > 0:  # what rounding and full rows left over
         free = np.flatnonzero(counts < columns)
         counts[random.permutation(free)[:missing]] += 1

@@ -50,6 +50,13 @@ def load_directory(path: Path) -> EncoderModel:
     return model
 
 
+def read_config(file: Path) -> tuple[EncoderConfig, int]:
+    """Sizes and number of layers from a config.json alone; raises as `load_directory` does, weights are not looked for."""
+    settings = _read_json(file)
+    family, _ = _family_and_head(settings)
+    return _config(settings, family, classifier=False), _integer(settings, family.settings.num_layers)
+
+
 class _Reader:
     """Takes the parts of one encoder from a checkpoint, in the order in which data passes through them."""
 

@@ -1,4 +1,4 @@
-"""What this machine is, and which ISA levels it can run."""
+"""What this machine is, or a CPU known by name, and which ISA levels it can run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tvm.target import Target
 from tvm.target import codegen as llvm
 
 from tilewright.cpu import available_cores, cpu_features
-from tilewright.schedules.isa import ISAS, resolve
+from tilewright.schedules.isa import ISAS, llvm_cpu, resolve
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -36,11 +37,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine. `llvm_cpu` is the name `--target` would take for it; `native` the level that `native` picks."""
+    """The machine, or a CPU that was named: then without cores and caches.
+
+    llvm_cpu: the name `--target` would take for it, None for a bare ISA level. native: the level that it runs best.
+    """
 
     cpu: str
-    llvm_cpu: str
-    cores: int
+    llvm_cpu: str | None
+    cores: int | None
     caches: tuple[Cache, ...]
     features: tuple[str, ...]
     levels: tuple[Level, ...]
@@ -49,16 +53,28 @@ class Hardware:
 
 def detect() -> Hardware:
     """Describe the machine this process runs on."""
-    features = cpu_features()
-    return Hardware(
-        cpu=_cpu_name(),
-        llvm_cpu=str(llvm.llvm_get_system_cpu()),
-        cores=available_cores(),
-        caches=_caches(),
-        features=tuple(sorted(features)),
-        levels=tuple(Level(isa.name, tuple(f for f in isa.features if f not in features)) for isa in ISAS.values()),
-        native=resolve("native", features).name,
-    )
+    return _describe(_cpu_name(), str(llvm.llvm_get_system_cpu()), cpu_features(), available_cores(), _caches())
+
+
+def named(target: str) -> Hardware:
+    """Describe what `--target` would compile for: an ISA level, LLVM CPU, instance type or processor; native is `detect`.
+
+    Raises InvalidInput for any other name.
+    """
+    if target == "native":
+        return detect()
+    isa, cpu = resolve(target, frozenset()), None if target in ISAS else llvm_cpu(target)
+    if cpu is None:
+        return _describe(target, None, frozenset(isa.features))
+    features = llvm.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": cpu}))
+    return _describe(target, cpu, frozenset(map(str, features)))
+
+
+def _describe(
+    cpu: str, llvm_name: str | None, features: frozenset[str], cores: int | None = None, caches: tuple[Cache, ...] = ()
+) -> Hardware:
+    levels = tuple(Level(isa.name, tuple(f for f in isa.features if f not in features)) for isa in ISAS.values())
+    return Hardware(cpu, llvm_name, cores, caches, tuple(sorted(features)), levels, resolve("native", features).name)
 
 
 def _cpu_name() -> str:
