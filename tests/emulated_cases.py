@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 import tvm
@@ -13,18 +13,16 @@ from tvm.s_tir import Schedule
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from tests.kernel_harness import Array, product
+from tests.kernel_harness import Array, linear_cases, product
 from tests.test_intrinsics import expected, loop_nest, operands
 from tilewright.codegen import tiles
 from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.kernels.epilogue import Raw
 from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.packing import pack_linear
-from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.tiles import LEFT, RIGHT, ROW_BYTES, TILE, TILE_SPECS, TILE_TASKS, TileSpec, configure_tiles
-from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, GROUP, Layout, Workload
+from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, GROUP, Family, Layout, Workload
 from tilewright.schedules.apply import schedule
-from tilewright.schedules.blocks import BLOCKS, DENSE, DENSE_TILES, legal
 from tilewright.schedules.intrinsics import INTRINSICS, intrinsic
 from tilewright.schedules.isa import Isa
 
@@ -52,13 +50,11 @@ def cases(isa: Isa) -> dict[str, Callable[[], Case]]:
         for spec in TILE_SPECS.values():
             for quads in (16, 5):
                 named[f"{spec.instruction}_{quads}"] = partial(tile_product, spec, quads)
-        for k in (64, 96, 128, 136):  # one step, two of 12 quads, two of 16, two of 17 that do not fit a tile
-            named[f"tile_row_dense_{k}"] = partial(sums, isa, DENSE_TILES, k)
-    for plan in [DENSE, DENSE_TILES, *chain(*BLOCKS.values())]:
-        if not legal(plan, isa):
-            continue
-        label = "dense" if plan.block is None else f"{plan.block[0]}x{plan.block[1]}"
-        named[f"{plan.family}_{label}"] = partial(sums, isa, plan)
+        for k in (64, 96, 128, 136):  # one step, two of 12 quads, two of 16, 17 of 2
+            named[f"tile_row_dense_{k}"] = partial(sums, isa, "tile_row", None, k)
+    for family, block in linear_cases(isa.name):
+        label = "dense" if block is None else f"{block[0]}x{block[1]}"
+        named[f"{family}_{label}"] = partial(sums, isa, family, block)
     for consumer in FAMILY_LAYOUT.values():
         named[f"attention_{consumer}"] = partial(context, isa, consumer)
     return named
@@ -124,24 +120,24 @@ def tile_product(spec: TileSpec, quads: int) -> Case:
     return Case(configure_tiles(builder.get()), [(drawn, check)])
 
 
-def sums(isa: Isa, plan: LinearPlan, inputs: int = K) -> Case:
+def sums(isa: Isa, family: Family, block: tuple[int, int] | None, inputs: int = K) -> Case:
     """Integer sums of a linear kernel: random values and an empty row-block, all at the ends of their ranges, no blocks."""
-    workload = Workload("linear", N, inputs, isa.name, isa.operands, "raw", plan.family, plan.block)
+    workload = Workload("linear", N, inputs, isa.name, isa.operands, "raw", family, block)
     operands = isa.operands
 
     def call(seed: int, density: float, extreme: bool) -> Call:
         random = np.random.default_rng(seed)
-        bn, bk = plan.block or (4, 4)
+        bn, bk = block or (4, 4)
         mask = random.random((N // bn, inputs // bk)) < density
         mask[1] &= extreme
         weight = random.choice([-127, 127], (N, inputs)) if extreme else random.integers(-127, 128, (N, inputs))
         weight = (weight * np.kron(mask, np.ones((bn, bk), int))).astype(np.int8)
         x = random.integers(255 if extreme else 0, 256, (TOKENS, inputs))
         fold = random.integers(-(2**20), 2**20, N).astype(np.int32)
-        want = to_layout(product(x, weight) + fold, FAMILY_LANES[plan.family], 1, "int32")
+        want = to_layout(product(x, weight) + fold, FAMILY_LANES[family], 1, "int32")
         real = np.full(N, np.nan, np.float32)
         packed = pack_linear(workload, weight).arguments().values()
-        stored = to_layout(x, FAMILY_LAYOUT[plan.family], operands.pack, operands.activation)
+        stored = to_layout(x, FAMILY_LAYOUT[family], operands.pack, operands.activation)
         return [stored, *packed, fold, real, real, np.full_like(want, -1)], partial(np.testing.assert_array_equal, want)
 
     return Case(schedule(linear(workload, Raw())), [call(0, 0.3, False), call(1, 1.0, True), call(2, 0.0, False)])

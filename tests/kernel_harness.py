@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.workload import FAMILY_LAYOUT, Family, Workload
 from tilewright.cpu import cpu_features
 from tilewright.schedules.apply import schedule
-from tilewright.schedules.blocks import BLOCKS, DENSE, legal
+from tilewright.schedules.blocks import BLOCKS, DENSE, DENSE_TILES, legal
 from tilewright.schedules.isa import ISAS
 
 Array = NDArray[Any]
@@ -55,8 +56,8 @@ LEVELS = [level(isa) for isa in ISAS]
 
 def linear_cases(isa: str) -> list[Case]:
     """Every family and block that may run at level `isa`."""
-    plans = [DENSE, *(plan for plans in BLOCKS.values() for plan in plans if legal(plan, ISAS[isa]))]
-    return list(dict.fromkeys((plan.family, plan.block) for plan in plans))
+    plans = [DENSE, DENSE_TILES, *chain(*BLOCKS.values())]
+    return list(dict.fromkeys((plan.family, plan.block) for plan in plans if legal(plan, ISAS[isa])))
 
 
 LINEAR_LEVELS = [level(isa, *case) for isa in ISAS for case in linear_cases(isa)]

@@ -59,12 +59,19 @@ def test_on_an_emulated_cpu(levels: Callable[[str], Level], isa: str, name: str)
 
 
 @pytest.mark.parametrize(
-    ("isa", "older"), [("avx512vnni", "skylake_x"), ("avx512vnni", "haswell"), ("avx512", "haswell"), ("avxvnni", "haswell")]
+    ("isa", "older", "name"),
+    [
+        ("amx", "icelake_u", "tile_row_dense"),
+        ("avx512vnni", "skylake_x", "row_dense"),
+        ("avx512vnni", "haswell", "row_dense"),
+        ("avx512", "haswell", "row_dense"),
+        ("avxvnni", "haswell", "row_dense"),
+    ],
 )
-def test_an_older_cpu_reports_an_illegal_instruction(levels: Callable[[str], Level], isa: str, older: str) -> None:
+def test_an_older_cpu_reports_an_illegal_instruction(levels: Callable[[str], Level], isa: str, older: str, name: str) -> None:
     """The counterproof: the emulated CPUs do tell one level from another."""
     level = levels(isa)
-    (left,) = emulate(older, Kernels(level.library, [("row_dense", level.cases["row_dense"].calls[0][0])]))
+    (left,) = emulate(older, Kernels(level.library, [(name, level.cases[name].calls[0][0])]))
     assert isinstance(left, str)
     assert "#UD illegal instruction" in left
     assert level.library.name in left

@@ -11,7 +11,7 @@ from tilewright.codegen.packing import PackedLinear, pack_linear
 from tilewright.codegen.workload import INT8_QUADS, INT16_PAIRS, Operands, Workload
 from tilewright.errors import InvalidModel, UnsupportedModel
 
-CASES = [*FAMILIES, ("row", (32, 4)), ("gather", (16, 1)), ("column", (1, 4)), ("column", (8, 4))]
+CASES = [*FAMILIES, ("tile_column", (16, 4)), ("tile_column", (32, 4)), ("row", (32, 4)), ("gather", (16, 1)), ("column", (1, 4)), ("column", (8, 4))]
 OPERANDS = {"pairs": INT16_PAIRS, "quads": INT8_QUADS}
 
 
@@ -45,6 +45,9 @@ def unpack(own: Workload, packed: PackedLinear) -> Array:
             elif own.family == "column":
                 first = int(packed.index[entry]) * bk
                 part[:, first : first + bk] += packed.weight[entry].reshape(bn, bk)
+            elif own.family == "tile_column":
+                for place, block in enumerate(packed.index[entry]):
+                    part[:, block * bk : (block + 1) * bk] += packed.weight[entry, :, place]
             else:
                 for p in range(pack):
                     part[:, packed.index[entry, p] // row_units(own.operands)] += packed.weight[entry, :, p]
@@ -78,7 +81,7 @@ def test_round_trip(family, block, operands: str, rows: int, columns: int, densi
     kept = weight.reshape(rows, bn, columns, bk).any(axis=(1, 3))
     assert packed.stored == kept.sum() * bn * bk
     assert list(packed.arguments()) == ["weight", "index", "indptr"]
-    per_entry = held.pack if family == "gather" else 1
+    per_entry = {"gather": held.pack, "tile_column": 16}.get(family, 1)
     np.testing.assert_array_equal(np.diff(packed.indptr), -(-kept.sum(1) // per_entry))
     assert len(packed.weight) == len(packed.index) == max(1, packed.indptr[-1])
     units = row_units(held) if family == "gather" else 1
@@ -91,7 +94,7 @@ def test_round_trip(family, block, operands: str, rows: int, columns: int, densi
 def test_dtypes_are_those_the_kernels_declare(family, block, operands: str) -> None:
     held = OPERANDS[operands]
     packed = pack_linear(workload(family, block, 32, 32, held), np.ones((32, 32), np.int8))
-    assert packed.weight.dtype == (np.int8 if family == "row" else held.weight)
+    assert packed.weight.dtype == (np.int8 if family in ("row", "tile_column") else held.weight)
     assert packed.weight.flags.c_contiguous
     if block is not None:
         assert (packed.index.dtype, packed.indptr.dtype) == (np.uint16, np.int32)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from tilewright.errors import ArtifactTargetMismatch, InvalidInput
@@ -14,6 +16,7 @@ ISA_VARIABLE = "TILEWRIGHT_ISA"
 """The environment variable that names the level to run."""
 
 _CPUINFO = Path("/proc/cpuinfo")
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h, XFEATURE_XTILEDATA
 _LLVM_NAMES = {
     "abm": "lzcnt",
     "bmi1": "bmi",
@@ -28,12 +31,28 @@ _LLVM_NAMES = {
 
 
 def cpu_features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
-    """Features of this machine's CPU under LLVM's names; empty where the kernel does not tell."""
+    """Features of this machine's CPU under LLVM's names that this process may use; empty where the kernel does not tell.
+
+    AMX is left out where Linux refuses tiles to this process.
+    """
     try:
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
         return frozenset()
-    return frozenset(_llvm_name(flag) for flag in flags[1].split()) if flags else frozenset()
+    found = frozenset(_llvm_name(flag) for flag in flags[1].split()) if flags else frozenset()
+    if "amx-tile" in found and not _tiles_permitted():
+        return frozenset(feature for feature in found if not feature.startswith("amx-"))
+    return found
+
+
+@cache
+def _tiles_permitted() -> bool:
+    """Ask Linux to let this process use AMX tiles, whose state it saves only for processes that ask.
+
+    The permission is of the process: it holds in all its threads, those that run already too (Documentation/arch/x86/xstate.rst).
+    """
+    numbers = (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
+    return bool(ctypes.CDLL(None).syscall(*(ctypes.c_long(number) for number in numbers)) == 0)
 
 
 def _llvm_name(flag: str) -> str:
