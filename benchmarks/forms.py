@@ -58,9 +58,9 @@ class Checkpoint:
         return target
 
 
-def compiled(checkpoint: Checkpoint, level: str, directory: Path) -> Path:
-    """Our artifact for an ISA level, in the new directory `directory`/`level`.tw."""
-    return tilewright.compile(checkpoint.form("int8"), level, directory / f"{level}.tw").path
+def compiled(checkpoint: Checkpoint, form: str, directory: Path) -> Path:
+    """Our artifact as the new directory `directory`/`form`, where `form` is LEVEL.tw."""
+    return tilewright.compile(checkpoint.form("int8"), form.removesuffix(".tw"), directory / form).path
 
 
 def _float(checkpoint: Checkpoint, target: Path) -> None:

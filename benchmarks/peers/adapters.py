@@ -157,15 +157,25 @@ def _torch_pt2e(path: Path, threads: int) -> Shaped:
 def _tvm(path: Path, threads: int) -> Shaped:
     """The float model through TVM's own ONNX frontend, default pipeline and default schedules."""
     import onnx
+    import onnxruntime
     import tvm
     from tvm.relax.frontend.onnx import from_onnx
 
-    del threads  # the worker's affinity decides
+    del threads  # TVM_NUM_THREADS tells it
 
     def shaped(batch: int, length: int) -> Run:
-        shapes = {name: [batch, length] for name in ("input_ids", "attention_mask")}
-        module = from_onnx(onnx.load(path), shape_dict=shapes, keep_params_in_input=False)
-        machine = tvm.relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+        # the frontend cannot follow the arithmetic on shapes that makes masks; for one shape it is constant
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.log_severity_level = 3
+        options.add_free_dimension_override_by_name("batch", batch)
+        options.add_free_dimension_override_by_name("length", length)
+        with tempfile.TemporaryDirectory() as scratch:
+            options.optimized_model_filepath = f"{scratch}/folded.onnx"
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            module = from_onnx(onnx.load(options.optimized_model_filepath), keep_params_in_input=False)
+        target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.get_global_func("target.llvm_get_system_cpu")()})
+        machine = tvm.relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
         return lambda ids, mask: [part.numpy() for part in machine["main"](tvm.runtime.tensor(ids), tvm.runtime.tensor(mask))]
 
     return shaped
