@@ -1,6 +1,7 @@
 """Whole-encoder latency beside every peer, each in a process and an environment of its own, in turns.
 
     make peers                                                # once: the peers' environments
+    python -m benchmarks.encoder --prepare                    # once, or the run does it: the models in all their forms
     python -m benchmarks.encoder                              # grid `main`: DistilBERT, 80 % zero, 1 thread, every engine
     python -m benchmarks.encoder --grid rest                  # other models, sparsities, shapes, threads; fewer engines
     python -m benchmarks.encoder --grid full --minutes 300    # everything with everything, as far as it gets in time
@@ -18,7 +19,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ import tilewright
 from benchmarks import models, report
 from benchmarks.peak import available, peak
 from benchmarks.peers.process import Worker, WorkerError, take_turns
-from benchmarks.peers.table import BASELINE, PEERS, WORK, Peer, ours
+from benchmarks.peers.table import BASELINE, PEERS, WORK, Peer, environment_python, ours
 from benchmarks.run import Case, Run, running, save_work
+from tilewright.commands.output import progress_bar
 from tilewright.cpu import cpu_features
 from tilewright.measure import random_ids
 from tilewright.schedules.isa import resolve
@@ -198,6 +200,20 @@ def select(options: argparse.Namespace) -> Iterator[tuple[Case, list[Peer]]]:
         yield case, [peer for peer in PEERS if peer.name in names]
 
 
+def prepare(cases: Iterable[tuple[Case, Sequence[Peer]]]) -> None:
+    """Make and keep every form of the models that the cases need; takes minutes, and no quiet machine."""
+    wanted = dict.fromkeys(
+        (case.checkpoint(peer), peer.form)
+        for case, peers in cases
+        for peer in [Peer("ours", "tilewright", "int8"), *(peer for peer in peers if applies(peer, case))]
+        if peer.environment is None or environment_python(peer.environment).exists()
+    )
+    with progress_bar("make models") as advance:
+        for done, (checkpoint, form) in enumerate(wanted):
+            advance(done, len(wanted))
+            checkpoint.form(form)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="main")
@@ -209,8 +225,12 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", default=["avx2", "native"], help="ISA levels to compile ours for")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each engine and shape; three rounds at least")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so long")
+    parser.add_argument("--prepare", action="store_true", help="only make the models' forms that the run will need")
     parser.add_argument("--output", type=Path, help="JSON file (default: .bench/results/GRID.json)")
     options = parser.parse_args()
+    if options.prepare:
+        prepare(select(options))
+        return
     levels = list(dict.fromkeys(resolve(level, cpu_features()).name for level in options.levels))
     output = options.output or WORK / "results" / f"{options.grid}.json"
     with running(output, {"grid": options.grid, "levels": levels, "seconds": options.seconds}) as run:
