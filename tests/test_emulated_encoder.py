@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -14,6 +14,7 @@ from tests import tiny
 from tests.emulated_cases import from_layout
 from tests.emulator import MODEL_OF_LEVEL, Encoder, Trace, emulate
 from tests.kernel_harness import Array, runs_here
+from tilewright.codegen.model import EncoderModel
 from tilewright.frontend import load
 from tilewright.pipeline import quantize
 from tilewright.schedules.isa import ISAS
@@ -26,34 +27,42 @@ IDS, MASK = np.zeros((3, 32), np.int64), np.zeros((3, 32), np.int64)
 for row, ids in enumerate(tiny.sequences(32, 5, 18)):
     IDS[row, : len(ids)], MASK[row, : len(ids)] = ids, 1
 BLOCKS = {"ffn.lin1.weight": (4, 1), "out_lin.weight": (16, 4)}
+COARSE = {**dict.fromkeys(("q_lin", "k_lin", "v_lin", "ffn.lin2.weight"), (16, 4)), "ffn.lin1.weight": (32, 4)}
+"""Blocks in which tiles are used wherever BLOCKS has dense weights."""
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
 
 
 @pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trace]:
-    """The trace of a call at an ISA level: avx2 natively, others emulated."""
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trace]:
+    """The trace of a call at an ISA level, avx2 natively, others emulated; of a model with BLOCKS, or with COARSE ones."""
     directory = tmp_path_factory.mktemp("encoder")
-    source = tiny.build("DistilBertForTokenClassification", dim=64, hidden_dim=128)
-    sparsify(source)
-    model = load(quantize(load(tiny.save(source, directory / "float")), tiny.texts(40), directory / "quantized"))
 
     @cache
-    def run(isa: str) -> Trace:
-        artifact = tilewright.compile(model, isa, directory / f"{isa}.tw")
+    def model(coarse: bool) -> EncoderModel:
+        source = tiny.build("DistilBertForTokenClassification", dim=64, hidden_dim=128)
+        sparsify(source, COARSE if coarse else BLOCKS)
+        floats = tiny.save(source, directory / f"float{coarse:d}")
+        return load(quantize(load(floats), tiny.texts(40), directory / f"quantized{coarse:d}"))
+
+    @cache
+    def run(isa: str, coarse: bool = False) -> Trace:
+        artifact = tilewright.compile(model(coarse), isa, directory / f"{isa}{coarse:d}.tw")
         stored = {layer.block for layer in artifact.manifest.levels[0].layers}
-        assert stored == ({None, (16, 4)} if isa == "amx" else {None, *BLOCKS.values()})  # dense tiles are faster than (4, 1)
-        task = Encoder(artifact.path, INPUTS)
+        wanted = {None, *(COARSE if coarse else BLOCKS).values()}
+        assert stored == (wanted - {(4, 1)} if isa == "amx" else wanted)  # dense tiles are faster than (4, 1)
+        inputs = {name: array[:2] for name, array in INPUTS.items()} if coarse else INPUTS  # three groups of tokens, or four
+        task = Encoder(artifact.path, inputs)
         return task.run(None) if isa == "avx2" else emulate(MODEL_OF_LEVEL[isa], task)
 
     return run
 
 
-def sparsify(model: object) -> None:
-    """Zero most blocks of the linears named in BLOCKS; the rest stays dense."""
+def sparsify(model: object, blocks: Mapping[str, tuple[int, int]] = BLOCKS) -> None:
+    """Zero most blocks of the linears named in `blocks`; the rest stays dense."""
     random = np.random.default_rng(0)
     for name, parameter in model.named_parameters():
-        for part, (bn, bk) in BLOCKS.items():
-            if part in name:
+        for part, (bn, bk) in blocks.items():
+            if part in name and parameter.ndim == 2:
                 n, k = parameter.shape
                 mask = np.kron(random.random((n // bn, k // bk)) < 0.3, np.ones((bn, bk)))
                 parameter.data *= parameter.new_tensor(mask)
@@ -70,9 +79,11 @@ def activations(name: str, arrays: Sequence[Array], isa: str) -> list[Array]:
     ]
 
 
-@pytest.mark.parametrize("isa", ["avxvnni", "avx512", "avx512vnni", "amx"])
-def test_integers_between_kernels_are_those_of_avx2(trace: Callable[[str], Trace], isa: str) -> None:
-    expected, found = trace("avx2"), trace(isa)
+@pytest.mark.parametrize(
+    ("isa", "coarse"), [("avxvnni", False), ("avx512", False), ("avx512vnni", False), ("amx", False), ("amx", True)]
+)
+def test_integers_between_kernels_are_those_of_avx2(trace: Callable[..., Trace], isa: str, coarse: bool) -> None:
+    expected, found = trace("avx2", coarse), trace(isa, coarse)
     assert [name for name, _ in found.kernels] == [name for name, _ in expected.kernels]
     compared = 0
     for (name, theirs), (_, ours) in zip(expected.kernels, found.kernels, strict=True):
@@ -80,11 +91,11 @@ def test_integers_between_kernels_are_those_of_avx2(trace: Callable[[str], Trace
         for want, have in zip(wanted, got, strict=True):
             np.testing.assert_array_equal(have, want, err_msg=name)
             compared += want.size
-    assert compared > 2 * tiny.LAYERS * 64 * 64
+    assert compared > 2 * tiny.LAYERS * 64 * (48 if coarse else 64)
     for name, value in expected.outputs.items():
         np.testing.assert_allclose(found.outputs[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_the_encoder_has_every_kind_of_kernel(trace: Callable[[str], Trace]) -> None:
+def test_the_encoder_has_every_kind_of_kernel(trace: Callable[..., Trace]) -> None:
     names = {name.split("_")[0] for name, _ in trace("avx2").kernels}
     assert names >= {"embedding", "qkv", "attention", "output", "up", "down", "head"}
