@@ -75,8 +75,8 @@ class Instances:
             command = [sys.executable, "-P", "-c", code]
             self._running.append((subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0), ours))
             theirs.close()
-        for (_, connection), own in zip(self._running[before:], cores, strict=True):
-            connection.send((self._artifact, self._isa, tuple(own)))
+        for number, own in enumerate(cores, before):
+            self._send(number, (self._artifact, self._isa, tuple(own)))
         self._replies(range(before, len(self._running)))
 
     def measure(self, count: int, batch: int, seq_len: int, duration: float) -> list[list[float]]:
@@ -96,11 +96,14 @@ class Instances:
 
     def _request(self, count: int, method: str, *arguments: float) -> list[Any]:
         for number in range(count):
-            try:
-                self._running[number][1].send((method, arguments))
-            except (BrokenPipeError, ConnectionResetError):
-                raise self._death(number) from None
+            self._send(number, (method, arguments))
         return self._replies(range(count))
+
+    def _send(self, number: int, message: object) -> None:
+        try:
+            self._running[number][1].send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._death(number) from None
 
     def _replies(self, numbers: range) -> list[Any]:
         replies = []
