@@ -136,13 +136,15 @@ def _print(result: dict[str, Any], model: Path | None) -> None:
 
 def _print_break_even(result: dict[str, Any]) -> None:
     """Of the levels that the CPU has and that have rates."""
+    from tilewright.codegen.block_sparse import MIN_SPARSITY
+
     levels = [level for level in result["levels"] if level["break_even"] and not level["missing"]]
     if not levels:
         return
     sizes = result["break_even_for"]
     stdout().print(
         f"Zero blocks from which sparse linears take less time than dense, hidden {sizes['hidden']}, "
-        f"feed-forward {sizes['intermediate']}:"
+        f"feed-forward {sizes['intermediate']} (below {MIN_SPARSITY:.0%} they are computed as dense):"
     )
     grid = table("ISA level", *levels[0]["break_even"])
     for level in levels:
