@@ -158,7 +158,8 @@ def _by_kernel(profiles: Sequence[Row], path: Path) -> Path:
         shares = [100 * entry["microseconds"].get(kernel, 0.0) / sum(entry["microseconds"].values()) for entry in profiles]
         axes.barh(names, shares, left=left, label=kernel, color=_color(index, len(kernels)))
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes.set(xlabel="% of the time in kernels")
+    axes.invert_yaxis()
+    axes.set(xlabel="% of a call's time")
     return _save(figure, axes, path)
 
 
