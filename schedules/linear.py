@@ -15,7 +15,7 @@ from tilewright.codegen.workload import Workload
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.intrinsics import intrinsic
 from tilewright.schedules.isa import ISAS
-from tilewright.schedules.norm import schedule_norm
+from tilewright.schedules.norm import has_block, schedule_norm
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def _outer(sch: Schedule, block: Any, groups: Any, blocks: Any, chunks: int) -> 
     return inner
 
 
-def _fuse_scatter(sch: Schedule, workload: Workload, loop: Any) -> None:
-    """Attach the second block of the qkv epilogue, which stores what the first quantised, at `loop`."""
-    if workload.epilogue == "qkv":
+def _fuse_scatter(sch: Schedule, loop: Any) -> None:
+    """Attach the second block of an epilogue that has one, which stores what the first quantised, at `loop`."""
+    if has_block(sch, "scatter"):
         sch.reverse_compute_at(sch.get_sblock("scatter"), loop)
 
 
@@ -89,7 +89,7 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
     sch.reorder(g, nb, e, *packs, ni, t)
     inner = _outer(sch, product, g, nb, decisions.chunks)
     sch.reverse_compute_at(epilogue, inner)
-    _fuse_scatter(sch, workload, inner)
+    _fuse_scatter(sch, inner)
     if workload.family == "gather":
         sch.compute_at(sch.get_sblock("gather"), e)
     sch.annotate(e, SPARSE_AXIS, "nb")
@@ -112,7 +112,7 @@ def _schedule_tiles(sch: Schedule, workload: Workload, decisions: LinearDecision
     inner = _outer(sch, product, p, nb, decisions.chunks)
     sch.annotate(sch.get_loops(product)[0], TILE_TASKS, tile_quads(workload))
     sch.reverse_compute_at(epilogue, inner)
-    _fuse_scatter(sch, workload, inner)
+    _fuse_scatter(sch, inner)
     outputs, lane = sch.split(sch.get_loops(epilogue)[-1], [None, _lanes(workload)])
     sch.unroll(outputs)
     sch.vectorize(lane)
@@ -134,7 +134,7 @@ def _schedule_row(sch: Schedule, workload: Workload, decisions: LinearDecisions)
     sch.reorder(g, nb, outer, e, kp, rows, vectors, lane, ki)
     _outer(sch, product, g, nb, decisions.chunks)
     sch.reverse_compute_at(epilogue, outer)
-    _fuse_scatter(sch, workload, outer)
+    _fuse_scatter(sch, outer)
     sch.annotate(e, SPARSE_AXIS, "nb")
     init = sch.decompose_reduction(product, e)
     sch.tensorize(lane, intrinsic(workload.isa, "outputs", "int8").name)

@@ -11,7 +11,7 @@ VECTOR = 16
 
 
 def schedule_norm(sch: Schedule, layout: Layout) -> None:
-    """Fuse the stages total, spread, inverse and norm into one parallel loop over token groups.
+    """Fuse the stages total, spread, inverse, norm and pack, if there is one, into one parallel loop over token groups.
 
     Vector lanes lie along the contiguous axis of `layout`: tokens, or channels with one partial sum per lane.
     """
@@ -21,6 +21,8 @@ def schedule_norm(sch: Schedule, layout: Layout) -> None:
     group, token, channel = sch.get_loops(sch.get_sblock("norm"))
     for name in reversed([*sums, "inverse"]):
         sch.compute_at(sch.get_sblock(name), group)
+    if has_block(sch, "pack"):
+        sch.reverse_compute_at(sch.get_sblock("pack"), group)
     sch.parallel(group)
     for name in sums:
         _schedule_sum(sch, name, layout)
@@ -38,6 +40,11 @@ def _partial_sums(sch: Schedule, name: str) -> str:
     lane = sch.split(channel, [None, vector_lanes(sch, channel)])[1]
     partial = sch.rfactor(lane, factor_axis=2)
     return str(sch.get(partial).name_hint)
+
+
+def has_block(sch: Schedule, name: str) -> bool:
+    """Whether the kernel has a block `name`."""
+    return any(sch.get(block).name_hint == name for block in sch.get_child_blocks(sch.get_sblock("root")))
 
 
 def vector_lanes(sch: Schedule, channel: object) -> int:

@@ -85,4 +85,9 @@ def quantize(value: Expr, low: int, high: int, dtype: str, zero_point: Expr | No
     return T.cast(round_to_int(clipped) + T.cast(zero_point, "int32") + offset, dtype)
 
 
-__all__ = ["GROUP", "Expr", "arg", "at", "prim_func", "quantize", "scratch", "shape", "stage", "store"]
+def interleaved(rows: list[Expr]) -> Expr:
+    """Vectors of a group's tokens, one for each channel, as one vector in which the channels of a token are adjacent."""
+    return tirx.Shuffle(rows, [GROUP * row + token for token in range(GROUP) for row in range(len(rows))])
+
+
+__all__ = ["GROUP", "Expr", "arg", "at", "interleaved", "prim_func", "quantize", "scratch", "shape", "stage", "store"]

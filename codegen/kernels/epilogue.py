@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, quantize, scratch, shape, stage, store
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, interleaved, quantize, scratch, shape, stage, store
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
 from tilewright.codegen.workload import Layout, Operands, Workload
@@ -82,7 +82,6 @@ def _epilogue_qkv(workload: Workload, _: Qkv, axes: dict[str, Expr], value: Any,
 
     whole = width % pack == 0  # else a pack spans row-blocks, and its channels are stored with a stride
     if layout == "columns":
-        order = [GROUP * p + token for token in range(GROUP) for p in range(pack)]
         with stage("scatter", {"g": axes["g"], "nb": axes["nb"], "i": 1, "t": 1}) as (g, nb, i, t):
             T.reads(small[g, nb, i * width : i * width + width, t * GROUP : t * GROUP + GROUP])
             T.writes(query[g, :, :, :], key[g, :, :, :], values[g, :, :])
@@ -92,7 +91,7 @@ def _epilogue_qkv(workload: Workload, _: Qkv, axes: dict[str, Expr], value: Any,
                     small.vload([g, nb, first + p, 0], f"{operands.attention}x{GROUP}") for p in range(pack if whole else 1)
                 ]
                 if whole:
-                    put(n, g, 0, tirx.Shuffle(rows, order), rows, tirx.Ramp(0, 1, GROUP * pack))
+                    put(n, g, 0, interleaved(rows), rows, tirx.Ramp(0, 1, GROUP * pack))
                 else:
                     put(n, g, 0, rows[0], rows, tirx.Ramp(n % pack, pack, GROUP))
     else:
@@ -113,15 +112,35 @@ def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
     return tirx.bitwise_xor(flipped, tirx.Broadcast(tirx.const(operands.key_offset, operands.key), lanes))
 
 
-def _epilogue_activate(workload: Workload, epilogue: Activate, axes: dict[str, Expr], value: Any, _: Layout) -> None:
+def _epilogue_activate(workload: Workload, epilogue: Activate, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
+    """A second block, `scatter`, stores `pack` channels at a time where the consumer wants them packed."""
     quant = arg("quant", [2], "float32")
-    pack = workload.operands.pack
-    out = arg("activated", shape(epilogue.consumer, axes["g"], workload.n, pack), workload.operands.activation)
+    pack, stored, width = workload.operands.pack, workload.operands.activation, axes["ni"]
+    out = arg("activated", shape(epilogue.consumer, axes["g"], workload.n, pack), stored)
+    scatters = epilogue.consumer == "packed" and width % pack == 0
+    small = scratch("small", list(axes.values()), stored) if scatters else out
     with stage("epilogue", axes) as variables:
         axis = dict(zip(axes, variables, strict=True))
         real = ACTIVATIONS[epilogue.activation](value(**axis)) * quant[0]
-        index = at(epilogue.consumer, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"], pack)
-        store(out, quantize(real, 0, 255, workload.operands.activation, quant[1]), index)
+        n = axis["nb"] * width + axis["ni"]
+        index = variables if scatters else at(epilogue.consumer, axis["g"], axis["t"], n, pack)
+        store(small, quantize(real, 0, 255, stored, quant[1]), index)
+    if not scatters:
+        return
+    if layout == "columns":
+        with stage("scatter", {"g": axes["g"], "nb": axes["nb"], "i": 1, "t": 1}) as (g, nb, i, t):
+            T.reads(small[g, nb, i * width : i * width + width, t * GROUP : t * GROUP + GROUP])
+            T.writes(out[g, :, :, :])
+            for first in range(0, width, pack):
+                rows = [small.vload([g, nb, first + p, 0], f"{stored}x{GROUP}") for p in range(pack)]
+                store(out, interleaved(rows), [g, (nb * width + first) // pack, 0, tirx.Ramp(0, 1, GROUP * pack)])
+    else:
+        with stage("scatter", {"g": axes["g"], "t": GROUP, "nb": axes["nb"], "i": 1}) as (g, t, nb, i):
+            T.reads(small[g, t, nb, i * width : i * width + width])
+            T.writes(out[g, :, t, :])
+            for first in range(0, width, pack):
+                packed = small.vload([g, t, nb, first], f"{stored}x{pack}")
+                store(out, packed, [g, (nb * width + first) // pack, t, tirx.Ramp(0, 1, pack)])
 
 
 def _epilogue_add_norm(workload: Workload, epilogue: AddNorm, axes: dict[str, Expr], value: Any, _: Layout) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, quantize, scratch, shape, stage, store
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, interleaved, quantize, scratch, shape, stage, store
 from tilewright.codegen.workload import Layout, Operands
 
 
@@ -38,7 +39,7 @@ def norm_outputs(groups: Expr, hidden: int, norm: Norm, operands: Operands) -> t
 
 
 def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Operands, args: Any, outputs: Any) -> None:
-    """Blocks total, spread, inverse and norm over pre f32 in the residual layout.
+    """Blocks total, spread, inverse, norm (and pack, for a consumer of that layout) over pre f32 in the residual layout.
 
     The variance takes a second pass: the mean of squares minus the square of the mean loses digits where they are close.
     """
@@ -62,9 +63,24 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Opera
         store(spread, spread[g, t] + centered(g, t, c) * centered(g, t, c), [g, t])
     with stage("inverse", tokens) as (g, t):
         store(inverse, T.float32(1.0) / T.sqrt(spread[g, t] * T.float32(1.0 / hidden) + T.float32(norm.eps)), [g, t])
+    packs, pack = norm.consumer == "packed", operands.pack
+    small = scratch("small", shape(norm.residual, groups, hidden), operands.activation) if packs else quantized
     with stage("norm", {**tokens, "c": hidden}) as (g, t, c):
         real = centered(g, t, c) * inverse[g, t] * gamma[c] + beta[c]
         store(stream, real, at(norm.stream, g, t, c))
         if norm.consumer is not None:
-            small = quantize(real * quant[0], 0, 255, operands.activation, quant[1])
-            store(quantized, small, at(norm.consumer, g, t, c, operands.pack))
+            value_u8 = quantize(real * quant[0], 0, 255, operands.activation, quant[1])
+            store(small, value_u8, at(norm.residual if packs else norm.consumer, g, t, c))
+    if packs and norm.residual == "columns":
+        # the unit axis carries the region read, which reverse_compute_at has to find in terms of axes
+        with stage("pack", {"g": groups, "c": hidden // pack, "t": 1}) as (g, c, t):
+            T.reads(small[g, c * pack : c * pack + pack, t * GROUP : t * GROUP + GROUP])
+            T.writes(quantized[g, c, 0:GROUP, 0:pack])
+            rows = [small.vload([g, c * pack + p, 0], f"{operands.activation}x{GROUP}") for p in range(pack)]
+            store(quantized, interleaved(rows), [g, c, 0, tirx.Ramp(0, 1, GROUP * pack)])
+    elif packs:
+        with stage("pack", {**tokens, "c": hidden // pack}) as (g, t, c):
+            T.reads(small[g, t, c * pack : c * pack + pack])
+            T.writes(quantized[g, c, t, 0:pack])
+            channels = small.vload([g, t, c * pack], f"{operands.activation}x{pack}")
+            store(quantized, channels, [g, c, t, tirx.Ramp(0, 1, pack)])
