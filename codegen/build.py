@@ -25,6 +25,7 @@ def build(module: tvm.IRModule, target: Target, library: Path) -> None:
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
+            relax.transform.CanonicalizeBindings(),
             relax.transform.StaticPlanBlockMemory(),
             relax.transform.LowerAllocTensor(),
             relax.transform.LowerRuntimeBuiltin(),
