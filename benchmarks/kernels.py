@@ -52,7 +52,7 @@ PAPER: dict[str, Any] = {
 def grid(args: argparse.Namespace) -> Iterator[list[Case]]:
     """The cases of one shape after the other; blocks that do not divide a shape are left out."""
     levels = list(dict.fromkeys(resolve(level, cpu_features()).name for level in args.levels))
-    blocks = [parse_block(name) for name in args.blocks]
+    blocks = [parse_block(name) for name in args.blocks if name != "dense" or not args.uneven]
     for shape in args.shapes:
         n, k = map(int, shape.split("x"))
         fitting = [block for block in blocks if block is None or not (n % block[0] or k % block[1])]

@@ -24,7 +24,7 @@ from tilewright.schedules.isa import ISAS
 
 @dataclass(frozen=True)
 class Loop:
-    """A step of one accumulator {a}, in AT&T syntax with {t} a scratch register; `reg` is xmm, ymm or zmm.
+    """A step of one accumulator {a}, in AT&T syntax with {t} a scratch register; `reg` is xmm, ymm, zmm or tmm.
 
     macs: multiplications of int8-sized values in a step. The operands lie in {x} and {y}.
     exact: whether u8 by s8 can be summed so without saturating.
@@ -36,6 +36,11 @@ class Loop:
     macs: int
     step: tuple[str, ...]
     exact: bool = True
+
+    @property
+    def accumulators(self) -> int:
+        """Independent sums."""
+        return _TILES if self.reg == "tmm" else _VECTORS
 
 
 _PAIRS = ("vpmaddwd {y}, {x}, {t}", "vpaddd {t}, {a}, {a}")
@@ -49,10 +54,15 @@ LOOPS: tuple[Loop, ...] = (
     Loop("vpmaddwd zmm", "avx512", "zmm", 32, _PAIRS),
     Loop("vpmaddubsw zmm", "avx512", "zmm", 64, _BYTES, exact=False),
     Loop("vpdpbusd zmm", "avx512vnni", "zmm", 64, ("vpdpbusd {y}, {x}, {a}",)),
+    Loop("tdpbusd", "amx", "tmm", 16 * 16 * 64, ("tdpbusd {y}, {x}, {a}",)),
 )
-"""AMX has none yet: its tiles need a permission of the kernel and a configuration."""
 
-_ACCUMULATORS, _SCRATCH = 10, 4  # with two operands, sixteen registers; 10 covers a latency of 5 at two a cycle
+_VECTORS, _SCRATCH = 10, 4  # with two operands, sixteen registers; 10 covers a latency of 5 at two a cycle
+_TILES = 6  # with two operands, eight registers
+_TILE_CONFIG = [".balign 64", ".Lconfig:", ".byte 1, 0", ".zero 14", ".fill 8, 2, 64", ".zero 16", ".fill 8, 1, 16", ".zero 8"]
+"""Palette 1; eight tiles of 16 rows of 64 bytes."""
+_AROUND = {"ymm": ("", "vzeroupper"), "zmm": ("", "vzeroupper"), "tmm": ("ldtilecfg .Lconfig(%rip)", "tilerelease")}
+"""What to do before and after a loop on registers of a kind."""
 _UNROLL = 4
 _CLOCK_STEPS = 32  # `imull %eax, %eax` takes three cycles on every x86 core since Nehalem and Zen
 _CLOCK_CYCLES = 3
@@ -65,7 +75,7 @@ def available() -> tuple[Loop, ...]:
 
 def rate(loop: Loop, seconds: float = 0.004) -> float:
     """GMAC/s of `loop`, the best of three measurements of about `seconds` in all."""
-    return _best(LOOPS.index(loop), loop.macs * _ACCUMULATORS * _UNROLL, seconds)
+    return _best(LOOPS.index(loop), loop.macs * loop.accumulators * _UNROLL, seconds)
 
 
 def peak(isa: str, seconds: float = 0.004) -> float:
@@ -98,10 +108,11 @@ def _timed(run: Any, iterations: int) -> float:
 
 def _body(loop: Loop) -> list[str]:
     """The steps in pairs, multiplications first: on Zen 4 the adds then leave the multiplying ports alone more often."""
-    names = {"x": f"%{loop.reg}14", "y": f"%{loop.reg}15"}
+    sums, reg = loop.accumulators, f"%{loop.reg}"
+    x, y = (f"{reg}{number}" for number in ((6, 7) if loop.reg == "tmm" else (14, 15)))
     return [
-        line.format(a=f"%{loop.reg}{step % _ACCUMULATORS}", t=f"%{loop.reg}{_ACCUMULATORS + step % _SCRATCH}", **names)
-        for first in range(0, _UNROLL * _ACCUMULATORS, 2)
+        line.format(a=f"{reg}{step % sums}", t=f"{reg}{sums + step % _SCRATCH}", x=x, y=y)
+        for first in range(0, _UNROLL * sums, 2)
         for line in loop.step
         for step in (first, first + 1)
     ]
@@ -112,9 +123,10 @@ def _library() -> ctypes.CDLL:
     """Functions loop0, loop1, ... (long iterations), one for each of LOOPS and last the clock's."""
     lines = [".text"]
     for number, body in enumerate([*map(_body, LOOPS), ["imull %eax, %eax"] * _CLOCK_STEPS]):
-        start = [f".globl loop{number}", f"loop{number}:", f".p2align 6\n.L{number}:"]
-        clear = ["vzeroupper"] if number < len(LOOPS) and LOOPS[number].reg != "xmm" else []
-        lines += [*start, *body, "dec %rdi", f"jnz .L{number}", *clear, "ret"]
+        before, after = _AROUND.get(LOOPS[number].reg, ("", "")) if number < len(LOOPS) else ("", "")
+        lines += [f".globl loop{number}", f"loop{number}:", before, ".p2align 6", f".L{number}:", *body]
+        lines += ["dec %rdi", f"jnz .L{number}", after, "ret"]
+    lines += _TILE_CONFIG
     lines.append('.section .note.GNU-stack,"",@progbits')
     with tempfile.TemporaryDirectory() as scratch:
         source, library = Path(scratch, "peak.s"), Path(scratch, "peak.so")
