@@ -95,6 +95,8 @@ class Worker:
                 raise WorkerError(self._reason())
             received += part
         self._process.send_signal(signal.SIGSTOP)
+        # the signal alone only asks for it
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         found: dict[str, Any] = json.loads(received)
         if "error" in found:
             raise WorkerError(" ".join(str(found["error"]).split())[:300])
