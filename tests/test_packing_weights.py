@@ -11,7 +11,8 @@ from tilewright.codegen.packing import PackedLinear, pack_linear
 from tilewright.codegen.workload import INT8_QUADS, INT16_PAIRS, Operands, Workload
 from tilewright.errors import InvalidModel, UnsupportedModel
 
-CASES = [*FAMILIES, ("tile_column", (16, 4)), ("tile_column", (32, 4)), ("row", (32, 4)), ("gather", (16, 1)), ("column", (1, 4)), ("column", (8, 4))]
+TILES = [("tile_column", (16, 4)), ("tile_column", (32, 4))]
+CASES = [*FAMILIES, *TILES, ("row", (32, 4)), ("gather", (16, 1)), ("column", (1, 4)), ("column", (8, 4))]
 OPERANDS = {"pairs": INT16_PAIRS, "quads": INT8_QUADS}
 
 

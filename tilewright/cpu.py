@@ -49,7 +49,7 @@ def cpu_features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 def _tiles_permitted() -> bool:
     """Ask Linux to let this process use AMX tiles, whose state it saves only for processes that ask.
 
-    The permission is of the process: it holds in all its threads, those that run already too (Documentation/arch/x86/xstate.rst).
+    The permission holds in all threads of the process, those that run already too (Documentation/arch/x86/xstate.rst).
     """
     numbers = (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
     return bool(ctypes.CDLL(None).syscall(*(ctypes.c_long(number) for number in numbers)) == 0)

@@ -86,7 +86,7 @@ def predict(
 
     None if the table lacks the plan that level `isa` would choose.
     """
-    plan = choose(block if sparsity >= MIN_SPARSITY else None, isa)
+    plan = choose(block if sparsity >= MIN_SPARSITY else None, isa, 1.0 - sparsity)
     rate = rates.of(plan)
     if rate is None:
         return None
