@@ -63,8 +63,8 @@ def legal(plan: LinearPlan, isa: Isa) -> bool:
     """Whether the level's intrinsics can compute `plan`."""
     if plan.family in ("tile_row", "tile_column") and not isa.tiles:
         return False
-    if plan.block is None:
-        return True
+    if plan.block is None or plan.family == "tile_row":
+        return plan.block is None and plan.family in ("row", "tile_row")
     (outputs, inputs), pack = plan.block, isa.operands.pack
     if plan.family == "tile_column":
         return outputs % TILE == 0 and inputs == pack
