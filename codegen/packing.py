@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 from tilewright.codegen.block_sparse import BlockSparseMatrix
 from tilewright.codegen.kernels.linear import INDEX_BYTES, row_block
 from tilewright.codegen.tiles import TILE
-from tilewright.codegen.workload import GROUP, Workload
+from tilewright.codegen.workload import GROUP, PARTS, Workload
 from tilewright.errors import UnsupportedModel
 
 Array = NDArray[np.generic]
 
+_EPILOGUE = 8
+"""Entries that cost as much as what is done once for a row-block, roughly: entries and epilogues both grow with its outputs."""
+
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The first arguments of a linear kernel after x: weight, and index and indptr of a sparse one.
+    """The first arguments of a linear kernel after x: weight, and index, indptr and parts of a sparse one.
 
     stored: weights inside kept blocks (padding not counted).
     """
@@ -26,11 +29,25 @@ class PackedLinear:
     stored: int
     weight: Array
     index: Array | None = None
-    indptr: Array | None = None
+    indptr: NDArray[np.int32] | None = None
+
+    @property
+    def parts(self) -> NDArray[np.uint16] | None:
+        """u16[PARTS + 1]: the row-block each part of equal work begins with; parts of few row-blocks may be empty.
+
+        Work is counted in entries, and a row-block's epilogue as _EPILOGUE more.
+        """
+        if self.indptr is None:
+            return None
+        work = self.indptr + _EPILOGUE * np.arange(len(self.indptr))
+        wanted = np.arange(PARTS + 1) * work[-1] / PARTS
+        middles: NDArray[np.float64] = (work[1:] + work[:-1]) / 2
+        first: NDArray[np.intp] = np.searchsorted(middles, wanted)
+        return first.astype(np.uint16)
 
     def arguments(self) -> dict[str, Array]:
         """Name to array, in the kernel's order."""
-        named = {"weight": self.weight, "index": self.index, "indptr": self.indptr}
+        named = {"weight": self.weight, "index": self.index, "indptr": self.indptr, "parts": self.parts}
         return {name: array for name, array in named.items() if array is not None}
 
 

@@ -1,4 +1,4 @@
-"""The pass that gives sparse loops their true extent, once scheduling no longer needs them to be affine."""
+"""What ends scheduling: loops get their true run-time extents, which schedule primitives could not have followed."""
 
 from __future__ import annotations
 
@@ -7,28 +7,87 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import SBlockRealize
+from tvm.sym import Analyzer
+
+from tilewright.codegen.workload import PARTS
 
 SPARSE_AXIS = "tilewright.sparse_axis"
 """Loop annotation: this loop runs over the entries of a row-block."""
 
+ROW_BLOCK = "vnb"
+"""The axis of a kernel's blocks that numbers its row-blocks."""
 
-def trim_sparse_axis(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Replace the extent of every loop annotated with SPARSE_AXIS by indptr[nb + 1] - indptr[nb].
+CHUNK_AXIS = "tilewright.chunk_axis"
+"""Loop annotation, its value the number of chunks: this loop runs over the row-blocks of a chunk."""
 
-    nb is what the blocks inside the loop bind to their axis `vnb`. A dense kernel has no indptr; its loops stay.
+
+def trim(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Replace the extents of annotated loops of a sparse kernel, skip parallel loops that are empty, drop aliases.
+
+    A loop over entries gets indptr[nb + 1] - indptr[nb], where nb is what the blocks inside bind to ROW_BLOCK. A loop
+    over the row-blocks of chunk c of C gets those from parts[c * PARTS / C] up to the next chunk's first, which is
+    equal work instead of equal numbers. A dense kernel has neither array; its loops stay.
     """
-    indptr = next((param for param in func.params if param.name == "indptr"), None)
-    if indptr is None:
-        return func
+    params = {param.name: param for param in func.params}
+    body = func.body
+    if "indptr" in params:
+        body = _map_loops(body, CHUNK_AXIS, lambda loop, chunks: _equal_work(loop, int(chunks), params["parts"]))
+        body = _map_loops(body, SPARSE_AXIS, lambda loop, _: _entries(loop, params["indptr"]))
+    body = tvm_ffi.structural_map(_without_aliases(body), [(tirx.For, _skip_if_empty)])
+    return func.with_body(body)
 
-    def rewrite(loop: Any) -> Any:
-        if SPARSE_AXIS not in dict(loop.annotations):
-            return loop
-        row_block = _binding(loop.body, "vnb")
-        extent = tirx.BufferLoad(indptr, [row_block + 1]) - tirx.BufferLoad(indptr, [row_block])
-        return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body)
 
-    return func.with_body(tvm_ffi.structural_map(func.body, [(tirx.For, rewrite)]))
+def _map_loops(body: Any, annotation: str, rewrite: Any) -> Any:
+    def visit(loop: Any) -> Any:
+        annotations = dict(loop.annotations)
+        return rewrite(loop, annotations[annotation]) if annotation in annotations else loop
+
+    return tvm_ffi.structural_map(body, [(tirx.For, visit)])
+
+
+def _entries(loop: Any, indptr: Any) -> Any:
+    row_block = _binding(loop.body, ROW_BLOCK)
+    extent = tirx.BufferLoad(indptr, [row_block + 1]) - tirx.BufferLoad(indptr, [row_block])
+    return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body)
+
+
+def _equal_work(loop: Any, chunks: int, parts: Any) -> Any:
+    """Row-blocks `chunk * extent + i` become `first + i`, with the first of the chunk's parts."""
+    zero = [(tirx.Var, lambda variable: loop.min if variable.same_as(loop.loop_var) else variable)]
+    start = tvm_ffi.structural_map(_binding(loop.body, ROW_BLOCK), zero)
+    chunk = Analyzer().simplify(tirx.floordiv(start, loop.extent))
+    bounds = [tirx.BufferLoad(parts, [tirx.floordiv((chunk + i) * PARTS, chunks)]) for i in (0, 1)]
+    first, last = (tirx.Cast("int32", bound) for bound in bounds)
+
+    def rebind(realize: Any) -> Any:
+        names = [variable.var.name.removesuffix("_o") for variable in realize.block.iter_vars]
+        values = [first + loop.loop_var if name == ROW_BLOCK else v for name, v in zip(names, realize.iter_values, strict=True)]
+        return SBlockRealize(values, realize.predicate, realize.block)
+
+    body = tvm_ffi.structural_map(loop.body, [(SBlockRealize, rebind)])
+    return tirx.For(loop.loop_var, loop.min, last - first, loop.kind, body)
+
+
+def _without_aliases(body: Any) -> Any:
+    """`common.alias` undone: lowering looks a buffer up by its own name."""
+    aliases: list[Any] = []
+
+    def drop(declaration: Any) -> Any:
+        aliases.append((declaration.buffer, declaration.data.args[0]))
+        return tirx.Evaluate(0)
+
+    def original(variable: Any) -> Any:
+        return next((buffer for alias, buffer in aliases if alias.same_as(variable)), variable)
+
+    body = tvm_ffi.structural_map(body, [(tirx.DeclBuffer, drop)])
+    return tvm_ffi.structural_map(body, [(tirx.Var, original)]) if aliases else body
+
+
+def _skip_if_empty(loop: Any) -> Any:
+    """Starting threads costs more than what tiny models compute."""
+    if loop.kind != tirx.ForKind.PARALLEL or isinstance(loop.extent, tirx.IntImm):
+        return loop
+    return tirx.IfThenElse(loop.extent > 0, loop, None)
 
 
 def _binding(body: Any, axis: str) -> Any:

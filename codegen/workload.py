@@ -10,6 +10,9 @@ from typing import Literal
 GROUP = 16
 """Tokens of one group: the unit to which the packed token axis is rounded up."""
 
+PARTS = 64
+"""Parts of equal work that a sparse matrix's row-blocks are divided into, for schedules to hand to threads."""
+
 SCHEMA = 1
 """Version of `Workload.key()`; part of every tuning record."""
 
@@ -17,7 +20,11 @@ ATTRIBUTE = "tilewright.workload"
 """PrimFunc attribute that carries the workload's JSON."""
 
 Layout = Literal["rows", "columns", "packed"]
-"""Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16], packed is [G, C / pack, 16, pack]."""
+"""Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16], packed is [G, C / pack, 16, pack].
+
+Integer columns at a level with W = `Operands.columns` > 1: each W groups from the first on stand as [C, W, 16], so that a row
+of W groups is one vector register; the G % W groups left over stand as [C, 16] each.
+"""
 
 Family = Literal["row", "column", "gather", "tile_row", "tile_column"]
 """Where a linear kernel's lanes lie: over outputs (row, tile_row) or over tokens; tile families multiply AMX tiles."""
@@ -51,6 +58,8 @@ class Operands:
     attention: dtype of queries and values. key: dtype of keys, stored as s8 value + key_offset: an unsigned key
     adds key_offset * sum(query) to all scores of a query, which softmax cancels exactly.
     row_blocks: outputs a dense `row` weight may be kept together in, widest first; the first that divides N is used.
+    columns: token groups whose rows stand together in the activations of `gather` (see `Layout`).
+    accumulators: vectors of 16 s32 that a `column` kernel sums at a time, at most; blocks of more outputs take one group.
     """
 
     pack: int
@@ -60,6 +69,8 @@ class Operands:
     key: str
     key_offset: int
     row_blocks: tuple[int, ...] = (16, 8)
+    columns: int = 1
+    accumulators: int = 1
 
 
 INT16_PAIRS = Operands(2, "int16", "int16", "int16", "int16", 0)

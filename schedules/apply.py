@@ -9,7 +9,7 @@ import tvm
 from tvm.s_tir import Schedule
 
 from tilewright.codegen.tiles import configure_tiles
-from tilewright.codegen.trim import trim_sparse_axis
+from tilewright.codegen.trim import trim
 from tilewright.codegen.workload import ATTRIBUTE, Workload
 from tilewright.schedules.attention import schedule_attention
 from tilewright.schedules.elementwise import (
@@ -49,7 +49,7 @@ def schedule(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     workload = Workload.from_json(str(func.attrs[ATTRIBUTE]))
     sch = Schedule(tvm.IRModule({"main": func}))
     RULES[workload.op](sch, workload)
-    return configure_tiles(trim_sparse_axis(sch.mod["main"]))
+    return configure_tiles(trim(sch.mod["main"]))
 
 
 def describe(workload: Workload) -> str:

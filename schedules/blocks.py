@@ -34,12 +34,12 @@ BLOCKS: dict[Block, tuple[LinearPlan, ...]] = {
 A plan may store smaller blocks than were found, as (8, 1) blocks are stored as (4, 1) where registers are few.
 """
 
-PAYS_ON_TILES: dict[Family, float] = {"tile_column": 0.5, "row": 0.09, "column": 0.09, "gather": 0.06}
+PAYS_ON_TILES: dict[Family, float] = {"tile_column": 0.5, "row": 0.09, "column": 0.09, "gather": 0.07}
 """The largest share of non-zero blocks with which a family takes less time than dense tiles, which make 1024 products a cycle.
 
 Modelled, not measured, from Intel's optimization manual: a product of tiles takes 16 cycles; gathering takes tile_column as
 long again where blocks have 16 outputs; two vpdpbusd make 128 products a cycle, of which row and column kernels reach 70 %
-and gather 45 % (docs/benchmarks.md).
+and gather 60 % (docs/benchmarks.md).
 """
 
 
@@ -77,8 +77,8 @@ def _fits(plan: LinearPlan, isa: Isa) -> bool:
     """Whether a block's accumulators leave registers for its operands: gather holds an interleaved group beside them."""
     if plan.block is None or plan.family in ("row", "tile_column"):
         return True
-    registers = 32 if isa.lanes == GROUP else 16
-    return plan.block[0] * GROUP // isa.lanes <= (registers // 2 if plan.family == "gather" else registers)
+    registers, vectors = 32 if isa.lanes == GROUP else 16, plan.block[0] * GROUP // isa.lanes
+    return vectors * isa.operands.columns <= registers // 2 if plan.family == "gather" else vectors <= registers
 
 
 def plan(model: EncoderModel, isa: Isa) -> Plan:

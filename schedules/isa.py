@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tvm.target import Target
 from tvm.target import codegen as llvm
@@ -49,7 +50,8 @@ class Isa:
         return Target(config)
 
 
-_WIDE = (48, 32, 16)  # three vectors of sixteen leave room for eight tokens' accumulators among 32 registers
+# 32 registers: a row block of three vectors leaves room for eight tokens' accumulators
+_WIDE: dict[str, Any] = {"row_blocks": (48, 32, 16), "accumulators": 16}
 _AVX2 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _AMX = ("amx-tile", "amx-int8")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -60,15 +62,15 @@ ISAS: dict[str, Isa] = {
         Isa("portable", "x86-64", (), (), 4, INT16_PAIRS),
         Isa("avx2", "x86-64-v3", (), _AVX2, 8, INT16_PAIRS),
         Isa("avxvnni", "x86-64-v3", ("avxvnni",), (*_AVX2, "avxvnni"), 8, INT8_QUADS),
-        Isa("avx512", "x86-64-v4", (), _AVX512, 16, replace(INT16_PAIRS, row_blocks=_WIDE)),
-        Isa("avx512vnni", "x86-64-v4", ("avx512vnni",), (*_AVX512, "avx512vnni"), 16, replace(INT8_QUADS, row_blocks=_WIDE)),
+        Isa("avx512", "x86-64-v4", (), _AVX512, 16, replace(INT16_PAIRS, **_WIDE)),
+        Isa("avx512vnni", "x86-64-v4", ("avx512vnni",), (*_AVX512, "avx512vnni"), 16, replace(INT8_QUADS, **_WIDE, columns=4)),
         Isa(
             "amx",
             "x86-64-v4",
             ("avx512vnni", *_AMX),
             (*_AVX512, "avx512vnni", *_AMX),
             16,
-            replace(INT8_QUADS, row_blocks=_WIDE),
+            replace(INT8_QUADS, **_WIDE, columns=4),
             vectors="avx512vnni",
         ),
     )

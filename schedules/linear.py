@@ -7,11 +7,12 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.kernels.linear import row_block
+from tilewright.codegen.kernels.epilogue import block_name
+from tilewright.codegen.kernels.linear import row_block, token_tiles
 from tilewright.codegen.kernels.tiles import tile_quads
 from tilewright.codegen.tiles import TILE_TASKS
-from tilewright.codegen.trim import SPARSE_AXIS
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.trim import CHUNK_AXIS, SPARSE_AXIS
+from tilewright.codegen.workload import PARTS, Workload
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.intrinsics import intrinsic
 from tilewright.schedules.isa import ISAS
@@ -40,24 +41,31 @@ def default_decisions(workload: Workload) -> LinearDecisions:
     accumulators = 24 if lanes == 16 else 8
     rows = next(rows for rows in (16, 8, 4, 2, 1) if rows * row_block(workload) <= accumulators * lanes or rows == 1)
     stored = workload.n * workload.k * workload.density // 100
-    blocks = workload.n // row_block(workload)
     wanted = max(8, stored // (128 << 10))
-    chunks = next(count for count in range(wanted, 0, -1) if blocks % count == 0)
+    chunks = next(count for count in range(wanted, 0, -1) if _divides(workload, count))
     return LinearDecisions(rows=rows, chunks=chunks)
+
+
+def _divides(workload: Workload, chunks: int) -> bool:
+    """Whether the row-blocks divide into `chunks`, and so do the parts of equal work of a sparse matrix."""
+    blocks = workload.n // row_block(workload)
+    return blocks % chunks == 0 and (workload.block is None or PARTS % chunks == 0)
 
 
 def schedule_linear(sch: Schedule, workload: Workload, decisions: LinearDecisions | None = None) -> None:
     """Apply the family's rule in place; raises ScheduleMismatch if the workload does not fit the level's intrinsics."""
     decisions = decisions or default_decisions(workload)
     blocks = workload.n // row_block(workload)
-    if blocks % decisions.chunks:
-        raise ScheduleMismatch(f"{blocks} row-blocks do not divide into {decisions.chunks} chunks; choose a divisor")
-    if workload.family == "row":
-        _schedule_row(sch, workload, decisions)
-    elif workload.family in ("tile_row", "tile_column"):
-        _schedule_tiles(sch, workload, decisions)
-    else:
-        _schedule_tokens(sch, workload, decisions)
+    if not _divides(workload, decisions.chunks):
+        parts = "" if workload.block is None else f" and {PARTS} parts"
+        raise ScheduleMismatch(f"{blocks} row-blocks{parts} do not divide into {decisions.chunks} chunks; choose a divisor")
+    for tile in token_tiles(workload):
+        if workload.family == "row":
+            _schedule_row(sch, workload, decisions)
+        elif workload.family in ("tile_row", "tile_column"):
+            _schedule_tiles(sch, workload, decisions)
+        else:
+            _schedule_tokens(sch, workload, decisions, tile)
     if workload.residual is not None:
         schedule_norm(sch, workload.residual)
 
@@ -66,41 +74,50 @@ def _lanes(workload: Workload) -> int:
     return intrinsic(workload.isa, "outputs", "int8").lanes
 
 
-def _outer(sch: Schedule, block: Any, groups: Any, blocks: Any, chunks: int) -> Any:
-    """Split the row-blocks into chunks and run (chunk, group) in parallel; returns the loop over a chunk's row-blocks."""
+OUTER = 2
+"""Loops that `_outer` leaves around a tile of accumulators."""
+
+
+def _outer(sch: Schedule, groups: Any, blocks: Any, chunks: int) -> Any:
+    """Split the row-blocks into chunks and run (chunk, tile) in parallel; returns the loop over a chunk's row-blocks."""
     chunk, inner = sch.split(blocks, [chunks, None])
     sch.reorder(chunk, groups, inner)
+    sch.annotate(inner, CHUNK_AXIS, chunks)
     sch.parallel(sch.fuse(chunk, groups))
     return inner
 
 
-def _fuse_scatter(sch: Schedule, loop: Any) -> None:
+def _fuse_scatter(sch: Schedule, tile: int, loop: Any) -> None:
     """Attach the second block of an epilogue that has one, which stores what the first quantised, at `loop`."""
-    if has_block(sch, "scatter"):
-        sch.reverse_compute_at(sch.get_sblock("scatter"), loop)
+    scatter = block_name("scatter", tile)
+    if has_block(sch, scatter):
+        sch.reverse_compute_at(sch.get_sblock(scatter), loop)
 
 
-def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisions) -> None:
-    """The families whose lanes are tokens: column, and gather, which interleaves the rows of an entry first."""
-    product = sch.get_sblock("product")
-    g, nb, ni, t, e, *rest = sch.get_loops(product)
-    epilogue = sch.get_sblock("epilogue")
-    packs = rest[:-1]
-    sch.reorder(g, nb, e, *packs, ni, t)
-    inner = _outer(sch, product, g, nb, decisions.chunks)
-    sch.reverse_compute_at(epilogue, inner)
-    _fuse_scatter(sch, inner)
+def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisions, tile: int) -> None:
+    """A nest of the families whose lanes are tokens: column, and gather, which interleaves the rows of an entry first."""
+    product, epilogue = (sch.get_sblock(block_name(name, tile)) for name in ("product", "epilogue"))
+    q, nb, ni, j, t, e, *packs, _ = sch.get_loops(product)
+    sch.reorder(q, nb, e, *packs, ni, j, t)
+    inner = _outer(sch, q, nb, decisions.chunks)
     if workload.family == "gather":
-        sch.compute_at(sch.get_sblock("gather"), e)
+        order = sch.get_sblock(block_name("order", tile))
+        sch.reverse_compute_at(order, inner)
+        for loop in sch.get_loops(order)[OUTER:]:
+            sch.unroll(loop)
+    sch.reverse_compute_at(epilogue, inner)
+    _fuse_scatter(sch, tile, inner)
+    if workload.family == "gather":
+        sch.compute_at(sch.get_sblock(block_name("gather", tile)), e)
     sch.annotate(e, SPARSE_AXIS, "nb")
     init = sch.decompose_reduction(product, e)
     sch.tensorize(t, intrinsic(workload.isa, "tokens", workload.operands.activation).name)
-    for loop in (*packs, ni):
+    for loop in (*packs, ni, j):
         sch.unroll(loop)
     for block in (init, epilogue):
-        outputs, lanes = sch.get_loops(block)[-2:]
-        if row_block(workload) > 1:  # else there is no loop over a row-block's outputs: it would be the one over row-blocks
-            sch.unroll(outputs)
+        *others, lanes = sch.get_loops(block)[OUTER:]  # loops of one iteration are missing
+        for loop in others:
+            sch.unroll(loop)
         sch.vectorize(lanes)
 
 
@@ -109,10 +126,10 @@ def _schedule_tiles(sch: Schedule, workload: Workload, decisions: LinearDecision
     product = sch.get_sblock("product")
     epilogue = sch.get_sblock("epilogue")
     p, nb = sch.get_loops(product)
-    inner = _outer(sch, product, p, nb, decisions.chunks)
+    inner = _outer(sch, p, nb, decisions.chunks)
     sch.annotate(sch.get_loops(product)[0], TILE_TASKS, tile_quads(workload))
     sch.reverse_compute_at(epilogue, inner)
-    _fuse_scatter(sch, inner)
+    _fuse_scatter(sch, 1, inner)
     outputs, lane = sch.split(sch.get_loops(epilogue)[-1], [None, _lanes(workload)])
     sch.unroll(outputs)
     sch.vectorize(lane)
@@ -132,9 +149,9 @@ def _schedule_row(sch: Schedule, workload: Workload, decisions: LinearDecisions)
     outer, rows = sch.split(t, [None, decisions.rows])
     vectors, lane = sch.split(ni, [None, lanes])
     sch.reorder(g, nb, outer, e, kp, rows, vectors, lane, ki)
-    _outer(sch, product, g, nb, decisions.chunks)
+    _outer(sch, g, nb, decisions.chunks)
     sch.reverse_compute_at(epilogue, outer)
-    _fuse_scatter(sch, outer)
+    _fuse_scatter(sch, 1, outer)
     sch.annotate(e, SPARSE_AXIS, "nb")
     init = sch.decompose_reduction(product, e)
     sch.tensorize(lane, intrinsic(workload.isa, "outputs", "int8").name)

@@ -120,7 +120,7 @@ class LinearKernel(Kernel):
         assert self.workload.family is not None
         layout = FAMILY_LAYOUT[self.workload.family]
         return {
-            "x": to_groups(x.astype(operands.activation), layout, operands.pack),
+            "x": to_groups(x.astype(operands.activation), layout, operands.pack, operands.columns),
             **pack_linear(self.workload, weight).arguments(),
             **others,
         }
@@ -136,20 +136,34 @@ def linear_kernel(
     return LinearKernel(workload, epilogue)
 
 
-def to_groups(x: Array, layout: str, pack: int = 1) -> Array:
-    """x[T, C] as [G, 16, C] (rows), [G, C, 16] (columns) or [G, C / pack, 16, pack] (packed)."""
+def to_groups(x: Array, layout: str, pack: int = 1, columns: int = 1) -> Array:
+    """x[T, C] as [G, 16, C] (rows), [G, C, 16] (columns) or [G, C / pack, 16, pack] (packed).
+
+    columns: groups of a tile of integer columns, which stands as [C, columns, 16].
+    """
     grouped = x.reshape(-1, GROUP, x.shape[1])
     if layout == "packed":
         grouped = grouped.reshape(len(grouped), GROUP, -1, pack).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(grouped.transpose(0, 2, 1) if layout == "columns" else grouped)
+    if layout != "columns":
+        return np.ascontiguousarray(grouped)
+    tiles = [tile.transpose(2, 0, 1).ravel() for tile in _tiles(grouped, columns)]
+    return np.concatenate(tiles).reshape(len(grouped), -1, GROUP)
 
 
-def from_groups(x: Array, layout: str) -> Array:
+def from_groups(x: Array, layout: str, columns: int = 1) -> Array:
     """Inverse of `to_groups`."""
     if layout == "packed":
         x = x.transpose(0, 2, 1, 3).reshape(len(x), GROUP, -1)
-    rows = x.transpose(0, 2, 1) if layout == "columns" else x
-    return np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
+    if layout != "columns":
+        return np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    tiles = [tile.reshape(x.shape[1], -1).T for tile in _tiles(x, columns)]
+    return np.ascontiguousarray(np.concatenate(tiles))
+
+
+def _tiles(groups: Array, size: int) -> list[Array]:
+    """Whole tiles of `size` groups from the first on, then single groups."""
+    whole = len(groups) // size * size
+    return [groups[i : i + size] for i in range(0, whole, size)] + [groups[i : i + 1] for i in range(whole, len(groups))]
 
 
 def group_shape(tokens: int, channels: int, layout: str, pack: int = 1) -> tuple[int, ...]:
@@ -243,5 +257,7 @@ def _back_edges(following: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]
 
 
 def vector_stack_accesses(lines: Sequence[str]) -> list[str]:
-    """Those that load or store a vector register at a fixed place on the stack: %rbp with an index points elsewhere."""
-    return [line for line in lines if re.search(r"\(%rsp[,)]|\(%rbp\)", line) and re.search(r"%[xyz]mm\d", line)]
+    """Those that load or store a vector register at a fixed place on the stack: %rbp with an index, or moving, is no frame."""
+    advanced = any(line.endswith("%rbp") for line in lines)
+    place = r"\(%rsp[,)]" if advanced else r"\(%rsp[,)]|\(%rbp\)"
+    return [line for line in lines if re.search(place, line) and re.search(r"%[xyz]mm\d", line)]

@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.skipif(find_spec("bochscpu") is None, reason="bochscpu-python is not installed"),
     pytest.mark.skipif(not runs_here("avx2"), reason="this CPU has no avx2, the level compared with"),
 ]
-IDS, MASK = np.zeros((3, 32), np.int64), np.zeros((3, 32), np.int64)
-for row, ids in enumerate(tiny.sequences(32, 5, 18)):
+IDS, MASK = np.zeros((4, 32), np.int64), np.zeros((4, 32), np.int64)
+for row, ids in enumerate(tiny.sequences(32, 5, 18, 21)):  # five groups of tokens: a whole tile of four, and one
     IDS[row, : len(ids)], MASK[row, : len(ids)] = ids, 1
 BLOCKS = {"ffn.lin1.weight": (4, 1), "out_lin.weight": (16, 4)}
 COARSE = {**dict.fromkeys(("q_lin", "k_lin", "v_lin", "ffn.lin2.weight"), (16, 4)), "ffn.lin1.weight": (32, 4)}
@@ -71,9 +71,10 @@ def sparsify(model: object, blocks: Mapping[str, tuple[int, int]] = BLOCKS) -> N
 def activations(name: str, arrays: Sequence[Array], isa: str) -> list[Array]:
     """The integer activations of a kernel call as plain integers [tokens, channels], however the level stores them."""
     key = {"qkv": 2, "attention": 1}.get(name.split("_")[0])
-    offset = ISAS[isa].operands.key_offset
+    operands = ISAS[isa].operands
     return [
-        from_layout(array).astype(np.int32) - (offset if place == key else 0)
+        from_layout(array, operands.columns if array.dtype == operands.activation else 1).astype(np.int32)
+        - (operands.key_offset if place == key else 0)
         for place, array in enumerate(arrays)
         if array.dtype.kind != "f" and array.ndim > 2
     ]

@@ -60,7 +60,7 @@ def run(isa: str, size: tuple, lengths: list[int], q: Array, k: Array, v: Array,
         "quant": quant,
     }
     shape = group_shape(padded, hidden, consumer, held.pack)
-    return from_groups(compiled(isa, *size)(inputs, {"context": shape})["context"], consumer)
+    return from_groups(compiled(isa, *size)(inputs, {"context": shape})["context"], consumer, held.columns)
 
 
 def expected(heads: int, lengths: list[int], q: Array, k: Array, v: Array, quant: Array) -> Array:

@@ -78,7 +78,8 @@ def test_embedding(isa: str, types: int, residual, stream, consumer, tokens: int
     expected = torch.nn.functional.layer_norm(norms[0], (HIDDEN,), *norms[1:], eps=1e-12).numpy()
     np.testing.assert_allclose(from_groups(found["stream"], stream), expected, atol=1e-4, rtol=1e-4)
     if consumer is not None:
-        assert_u8(from_groups(found["quantized"], consumer), expected * quant[0].astype(np.float64), quant[1])
+        small = from_groups(found["quantized"], consumer, ISAS[isa].operands.columns)
+        assert_u8(small, expected * quant[0].astype(np.float64), quant[1])
 
 
 @cache

@@ -81,7 +81,7 @@ def test_round_trip(family, block, operands: str, rows: int, columns: int, densi
         return
     kept = weight.reshape(rows, bn, columns, bk).any(axis=(1, 3))
     assert packed.stored == kept.sum() * bn * bk
-    assert list(packed.arguments()) == ["weight", "index", "indptr"]
+    assert list(packed.arguments()) == ["weight", "index", "indptr", "parts"]
     per_entry = {"gather": held.pack, "tile_column": 16}.get(family, 1)
     np.testing.assert_array_equal(np.diff(packed.indptr), -(-kept.sum(1) // per_entry))
     assert len(packed.weight) == len(packed.index) == max(1, packed.indptr[-1])

@@ -40,7 +40,7 @@ from tilewright.codegen.model import (
     Quantization,
 )
 from tilewright.codegen.plan import LinearPlan
-from tilewright.codegen.trim import trim_sparse_axis
+from tilewright.codegen.trim import trim
 from tilewright.codegen.workload import ATTRIBUTE, FAMILY_LANES, FAMILY_LAYOUT, GROUP, Workload
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.apply import apply, describe
@@ -79,7 +79,8 @@ def fits(isa: str, family, block) -> bool:
     if family == "row":
         return True
     registers = 32 if ISAS[isa].lanes == 16 else 16
-    return block[0] * GROUP // ISAS[isa].lanes < registers
+    tile = ISAS[isa].operands.columns if family == "gather" else 1
+    return tile * block[0] * GROUP // ISAS[isa].lanes < registers
 
 
 # tile kernels have accumulators of their own (test_tiles.py)
@@ -134,7 +135,7 @@ def test_every_decision_gives_the_same_sums(isa: str, family, block) -> None:
 def scheduled(workload: Workload, decisions: LinearDecisions, func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     sch = Schedule(tvm.IRModule({"main": func}))
     schedule_linear(sch, workload, decisions)
-    return trim_sparse_axis(sch.mod["main"])
+    return trim(sch.mod["main"])
 
 
 def test_every_field_that_a_tuner_may_choose_is_varied_above() -> None:
@@ -268,5 +269,5 @@ def test_a_model_without_layers_has_a_plan() -> None:
 
 def test_chunks_that_do_not_divide_the_row_blocks_are_refused() -> None:
     own = Workload("linear", 64, 64, "avx2", ISAS["avx2"].operands, "raw", "gather", (4, 1))
-    with pytest.raises(ScheduleMismatch, match="16 row-blocks do not divide into 3 chunks"):
+    with pytest.raises(ScheduleMismatch, match="16 row-blocks and 64 parts do not divide into 3 chunks"):
         schedule_linear(Schedule(linear(own, Raw())), own, LinearDecisions(chunks=3))

@@ -16,14 +16,16 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tilewright.codegen.kernels.common import at, quantize, shape
+from tilewright.codegen.kernels.common import activation_at, quantize, shape
 from tilewright.codegen.kernels.math import exp, round_to_int
 from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
 
-TILE = 4
-"""Keys, then channels, whose accumulators are live together: 4 x 16 lanes fill half of AVX2's registers."""
-
 LOWEST = -(2**31)
+
+
+def _tile(workload: Workload) -> int:
+    """Keys, then channels, whose accumulators are live together: 4 x 16 lanes fill half of AVX2's registers."""
+    return 8 if workload.operands.accumulators >= 16 and workload.k % 8 == 0 else 4
 
 
 def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.tirx.PrimFunc:
@@ -37,10 +39,14 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
     heads, channels, operands = workload.n, workload.k, workload.operands
     pack, hidden, stored = operands.pack, workload.n * workload.k, operands.activation
     rows = channels // pack
-    positions = -(-max_positions // TILE) * TILE + TILE
+    size = _tile(workload)
+    positions = -(-max_positions // size) * size + size
 
     def probability(difference: Any, scale: Any) -> Any:
         return round_to_int(exp(T.cast(difference, "float32") * scale) * T.float32(255.0))
+
+    def place(groups: Any, group: Any, token: Any, channel: Any) -> Any:
+        return activation_at(consumer, operands, groups, group, token, channel)
 
     def own(token: Any, start: Any, end: Any) -> Any:
         return T.And(token >= start, token < end)
@@ -77,31 +83,31 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                 T.writes(context[:, :, :])
                 scores = T.sblock_alloc_buffer((positions, GROUP), "int32")
                 weights = T.sblock_alloc_buffer((positions // pack, GROUP, pack), stored)
-                tile = T.sblock_alloc_buffer((TILE, GROUP), "int32")
+                tile = T.sblock_alloc_buffer((size, GROUP), "int32")
                 largest = T.sblock_alloc_buffer((GROUP,), "int32")
                 total = T.sblock_alloc_buffer((GROUP,), "int32")
                 for c in T.serial(channels):
                     for i in T.vectorized(GROUP):
-                        context[at(consumer, group, i, head * channels + c, pack)] = T.cast(0, stored)
+                        context[place(groups, group, i, head * channels + c)] = T.cast(0, stored)
                 for b in T.serial(ends - 1):
                     if offsets[b + 1] > group * GROUP and offsets[b] < group * GROUP + GROUP:
                         start: T.let = offsets[b]
                         end: T.let = offsets[b + 1]
                         # whole tiles of keys from an aligned one on, so that no tile or pack straddles two groups
-                        first: T.let = start // TILE * TILE
+                        first: T.let = start // size * size
                         # scores of whole tiles; the largest counts the sequence's own keys only
                         for i in T.vectorized(GROUP):
                             largest[i] = LOWEST
-                        for block in T.serial(T.ceildiv(end - first, TILE)):
-                            for j in T.unroll(TILE):
+                        for block in T.serial(T.ceildiv(end - first, size)):
+                            for j in T.unroll(size):
                                 for i in T.vectorized(GROUP):
                                     tile[j, i] = 0
                             for c in T.serial(rows):
-                                for j in T.unroll(TILE):
+                                for j in T.unroll(size):
                                     with T.sblock("score"):
-                                        vj = T.axis.spatial(TILE, j)
+                                        vj = T.axis.spatial(size, j)
                                         row = T.axis.reduce(hidden // pack, head * rows + c)
-                                        token = T.axis.spatial(groups * GROUP, first + block * TILE + j)
+                                        token = T.axis.spatial(groups * GROUP, first + block * size + j)
                                         T.reads(
                                             tile[vj, 0:GROUP],
                                             query[group, row, 0:GROUP, 0:pack],
@@ -114,11 +120,11 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                                 tile[vj, vi] = tile[vj, vi] + T.cast(
                                                     query[group, row, vi, vp], "int32"
                                                 ) * T.cast(key[token // GROUP, row, token % GROUP, vp], "int32")
-                            for j in T.unroll(TILE):
+                            for j in T.unroll(size):
                                 for i in T.vectorized(GROUP):
-                                    scores[block * TILE + j, i] = tile[j, i]
+                                    scores[block * size + j, i] = tile[j, i]
                                     largest[i] = T.max(
-                                        largest[i], T.Select(own(first + block * TILE + j, start, end), tile[j, i], LOWEST)
+                                        largest[i], T.Select(own(first + block * size + j, start, end), tile[j, i], LOWEST)
                                     )
                         # weights, zero for keys of other sequences so that whole packs can be multiplied
                         for i in T.vectorized(GROUP):
@@ -134,15 +140,15 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                 for i in T.vectorized(GROUP):
                                     total[i] = total[i] + tile[p, i]
                             weights[block, 0, T.ramp(0, 1, GROUP * pack)] = interleaved(tile)
-                        for block in T.serial(channels // TILE):
-                            for c in T.unroll(TILE):
+                        for block in T.serial(channels // size):
+                            for c in T.unroll(size):
                                 for i in T.vectorized(GROUP):
                                     tile[c, i] = 0
                             for j in T.serial(T.ceildiv(end - first, pack)):
-                                for c in T.unroll(TILE):
+                                for c in T.unroll(size):
                                     with T.sblock("context"):
-                                        vc = T.axis.spatial(TILE, c)
-                                        channel = T.axis.spatial(hidden, head * channels + block * TILE + c)
+                                        vc = T.axis.spatial(size, c)
+                                        channel = T.axis.spatial(hidden, head * channels + block * size + c)
                                         pair = T.axis.reduce(positions // pack, j)
                                         token = T.axis.reduce(groups * GROUP, first + j * pack)
                                         T.reads(
@@ -157,12 +163,12 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                                 tile[vc, vi] = tile[vc, vi] + T.cast(weights[pair, vi, vp], "int32") * T.cast(
                                                     value[token // GROUP, channel, token % GROUP + vp], "int32"
                                                 )
-                            for c in T.unroll(TILE):
+                            for c in T.unroll(size):
                                 for i in T.vectorized(GROUP):
-                                    context[at(consumer, group, i, head * channels + block * TILE + c, pack)] = T.Select(
+                                    context[place(groups, group, i, head * channels + block * size + c)] = T.Select(
                                         own(group * GROUP + i, start, end),
                                         output(tile[c, i], total[i], quant[1], quant[2]),
-                                        context[at(consumer, group, i, head * channels + block * TILE + c, pack)],
+                                        context[place(groups, group, i, head * channels + block * size + c)],
                                     )
 
     return attention

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.math import round_to_int
-from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
+from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Operands, Workload
 
 Expr = Any  # tirx.PrimExpr; TVM ships no type information
 
@@ -22,6 +22,19 @@ def at(layout: Layout, group: Expr, token: Expr, channel: Expr, pack: int = 1) -
     if layout == "packed":
         return [group, channel // pack, token, channel % pack]
     return [group, token, channel] if layout == "rows" else [group, channel, token]
+
+
+def activation_at(layout: Layout, operands: Operands, groups: Expr, group: Expr, token: Expr, channel: Expr) -> list[Expr]:
+    """Indices of one element of an integer activation of `groups` groups, as kernels read and write it.
+
+    In tiled columns only the place counted from the tile's start is meaningful: the last index runs past its axis.
+    """
+    tile = operands.columns
+    if layout != "columns" or tile == 1:
+        return at(layout, group, token, channel, operands.pack)
+    whole = group < groups // tile * tile
+    inner = tirx.Select(whole, group % tile, 0)
+    return [group - inner, 0, channel * tirx.Select(whole, tile * GROUP, GROUP) + inner * GROUP + token]
 
 
 def shape(layout: Layout, groups: Expr, channels: int, pack: int = 1) -> list[Expr]:
@@ -50,6 +63,13 @@ def scratch(name: str, shape: list[Expr], dtype: str) -> Any:
     buffer = T.sblock_alloc_buffer(tuple(shape), dtype)
     IRBuilder.name(name, buffer)
     return buffer
+
+
+def alias(buffer: Any) -> Any:
+    """Another buffer on the memory of `buffer`: to schedules, a buffer has one writer, which writes all that is read."""
+    other = T.decl_buffer(buffer.shape, buffer.dtype, data=buffer.data)
+    IRBuilder.name(f"{buffer.name}_alias", other)
+    return other
 
 
 @contextmanager
@@ -90,4 +110,18 @@ def interleaved(rows: list[Expr]) -> Expr:
     return tirx.Shuffle(rows, [GROUP * row + token for token in range(GROUP) for row in range(len(rows))])
 
 
-__all__ = ["GROUP", "Expr", "arg", "at", "interleaved", "prim_func", "quantize", "scratch", "shape", "stage", "store"]
+__all__ = [
+    "GROUP",
+    "Expr",
+    "activation_at",
+    "alias",
+    "arg",
+    "at",
+    "interleaved",
+    "prim_func",
+    "quantize",
+    "scratch",
+    "shape",
+    "stage",
+    "store",
+]

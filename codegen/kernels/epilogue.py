@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, interleaved, quantize, scratch, shape, stage, store
+from tilewright.codegen.kernels.common import (
+    GROUP,
+    Expr,
+    activation_at,
+    alias,
+    arg,
+    at,
+    interleaved,
+    quantize,
+    scratch,
+    shape,
+    stage,
+    store,
+)
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
 from tilewright.codegen.workload import Layout, Operands, Workload
@@ -45,63 +60,138 @@ class Raw:
 Epilogue = Qkv | Activate | AddNorm | Raw
 
 
-def _epilogue_raw(workload: Workload, _: Raw, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
-    out = arg("sums", shape(layout, axes["g"], workload.n), "int32")
-    with stage("epilogue", axes) as variables:
-        axis = dict(zip(axes, variables, strict=True))
-        store(out, value(**axis), at(layout, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"]))
+@dataclass(frozen=True)
+class Nest:
+    """One loop nest of a linear kernel: `count` tiles of `tile` token groups each, from group `first` on.
 
-
-def _epilogue_qkv(workload: Workload, _: Qkv, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
-    """Two blocks: `epilogue` quantises to s8 in the order of the accumulators, `scatter` stores `pack` channels at a time.
-
-    Which of the three outputs a pack belongs to does not vary within it, because hidden is a multiple of pack.
+    axes: extents of the accumulators' axes, in their order. q is the tile and j (absent where tiles are single groups by
+    nature) the group within; t is the token, and ni the output within row-block nb.
     """
-    operands, hidden, width = workload.operands, workload.n // 3, axes["ni"]
-    groups, pack = axes["g"], operands.pack
-    query = arg("query", [groups, hidden // pack, GROUP, pack], operands.attention)
-    key = arg("key", [groups, hidden // pack, GROUP, pack], operands.key)
-    values = arg("value", [groups, hidden, GROUP], operands.attention)
-    small = scratch("small", list(axes.values()), operands.attention)
-    with stage("epilogue", axes) as variables:
-        real = value(**dict(zip(axes, variables, strict=True)))
-        store(small, quantize(real, -127, 127, operands.attention), variables)
 
-    def put(first: Expr, g: Expr, t: Expr, packed: Expr, channels: list[Expr], lanes: Expr) -> None:
-        """Store the channels from `first` on: `packed` at `lanes` of their pack in q and k, `channels` one by one in v."""
+    tile: int
+    first: Expr
+    count: Expr
+    axes: dict[str, Expr]
+
+    def block(self, name: str) -> str:
+        """`name` as the nest's blocks are called."""
+        return block_name(name, self.tile)
+
+    def group(self, axis: dict[str, Expr]) -> Expr:
+        """The token group of an accumulator."""
+        return self.first + axis["q"] * self.tile + axis.get("j", 0)
+
+    def output(self, axis: dict[str, Expr]) -> Expr:
+        """The output of an accumulator."""
+        return axis["nb"] * self.axes["ni"] + axis["ni"]
+
+    def written(self, buffer: Any) -> Any:
+        """`buffer` as this nest may write it: the nests of a kernel write parts of the same memory."""
+        return buffer if self.tile == 1 else alias(buffer)
+
+    @contextmanager
+    def epilogue(self) -> Iterator[tuple[list[Expr], dict[str, Expr]]]:
+        """The stage `epilogue` over all accumulators; yields its axes as a list and by name."""
+        with stage(self.block("epilogue"), self.axes) as variables:
+            yield variables, dict(zip(self.axes, variables, strict=True))
+
+
+def block_name(name: str, tile: int) -> str:
+    """`name` of a block in the nest of tiles of `tile` groups."""
+    return name if tile == 1 else f"{name}_{tile}"
+
+
+Outputs = tuple[Any, ...]
+
+Put = Callable[[Outputs, Expr, Expr, Expr, Expr, list[Expr], Expr], None]
+"""(outputs, channel, group, token, vector, channels, lanes): store the channels from the given one on.
+
+Those of a pack together, as one vector whose last indices are `lanes`, or `channels` one by one.
+"""
+
+Emit = Callable[[Nest, Any], None]
+"""Emits what follows the product of one nest; its second argument gives the value of an accumulator for axes by name."""
+
+
+@contextmanager
+def _raw(workload: Workload, _: Raw, groups: Expr, lanes: Layout) -> Iterator[Emit]:
+    out = arg("sums", shape(lanes, groups, workload.n), "int32")
+
+    def emit(nest: Nest, value: Any) -> None:
+        sums = nest.written(out)
+        with nest.epilogue() as (_, axis):
+            store(sums, value(axis), at(lanes, nest.group(axis), axis["t"], nest.output(axis)))
+
+    yield emit
+
+
+@contextmanager
+def _qkv(workload: Workload, _: Qkv, groups: Expr, lanes: Layout) -> Iterator[Emit]:
+    """Which of the three outputs a pack belongs to does not vary within it, because hidden is a multiple of pack."""
+    operands, hidden = workload.operands, workload.n // 3
+    pack = operands.pack
+    packed_shape = [groups, hidden // pack, GROUP, pack]
+    outputs = (
+        arg("query", packed_shape, operands.attention),
+        arg("key", packed_shape, operands.key),
+        arg("value", [groups, hidden, GROUP], operands.attention),
+    )
+
+    def put(into: Outputs, first: Expr, g: Expr, t: Expr, packed: Expr, channels: list[Expr], lane: Expr) -> None:
+        query, key, values = into
         with T.If(first < hidden):
             with T.Then():
-                store(query, packed, [g, first // pack, t, lanes])
+                store(query, packed, [g, first // pack, t, lane])
             with T.Else(), T.If(first < 2 * hidden):
                 with T.Then():
-                    store(key, _offset(packed, operands, lanes.lanes), [g, first // pack - hidden // pack, t, lanes])
+                    store(key, _offset(packed, operands, lane.lanes), [g, first // pack - hidden // pack, t, lane])
                 with T.Else():
                     for index, channel in enumerate(channels):
-                        last = t if layout == "rows" else tirx.Ramp(0, 1, GROUP)
+                        last = t if lanes == "rows" else tirx.Ramp(0, 1, GROUP)
                         store(values, channel, [g, first + index - 2 * hidden, last])
 
+    def emit(nest: Nest, value: Any) -> None:
+        small = scratch(nest.block("small"), list(nest.axes.values()), operands.attention)
+        with nest.epilogue() as (variables, axis):
+            store(small, quantize(value(axis), -127, 127, operands.attention), variables)
+        _scatter(nest, lanes, small, tuple(nest.written(output) for output in outputs), put, pack)
+
+    yield emit
+
+
+def _scatter(nest: Nest, lanes: Layout, small: Any, into: Outputs, put: Put, pack: int) -> None:
+    """The stage `scatter`: small, in the order of the accumulators, goes to outputs that hold `pack` channels together."""
+    width, axes = nest.axes["ni"], nest.axes
     whole = width % pack == 0  # else a pack spans row-blocks, and its channels are stored with a stride
-    if layout == "columns":
-        with stage("scatter", {"g": axes["g"], "nb": axes["nb"], "i": 1, "t": 1}) as (g, nb, i, t):
-            T.reads(small[g, nb, i * width : i * width + width, t * GROUP : t * GROUP + GROUP])
-            T.writes(query[g, :, :, :], key[g, :, :, :], values[g, :, :])
-            for first in range(0, width, pack if whole else 1):
-                n = nb * width + first
-                rows = [
-                    small.vload([g, nb, first + p, 0], f"{operands.attention}x{GROUP}") for p in range(pack if whole else 1)
-                ]
-                if whole:
-                    put(n, g, 0, interleaved(rows), rows, tirx.Ramp(0, 1, GROUP * pack))
-                else:
-                    put(n, g, 0, rows[0], rows, tirx.Ramp(n % pack, pack, GROUP))
+    # unit axes carry the region read, which reverse_compute_at has to find in terms of axes
+    if lanes == "rows":
+        loops = {"q": axes["q"], "t": GROUP, "nb": axes["nb"], "i": 1}
     else:
-        with stage("scatter", {"g": axes["g"], "t": GROUP, "nb": axes["nb"], "i": 1}) as (g, t, nb, i):
-            T.reads(small[g, t, nb, i * width : i * width + width])
-            T.writes(query[g, :, t, :], key[g, :, t, :], values[g, :, t])
-            for first in range(0, width, pack):
-                packed = small.vload([g, t, nb, first], f"{operands.attention}x{pack}")
-                channels = [small[g, t, nb, first + p] for p in range(pack)]
-                put(nb * width + first, g, t, packed, channels, tirx.Ramp(0, 1, pack))
+        loops = {"q": axes["q"], "nb": axes["nb"], "j": axes["j"], "i": 1, "t": 1}
+    with stage(nest.block("scatter"), loops) as variables:
+        axis = dict(zip(loops, variables, strict=True))
+        g, t, i = nest.group(axis), axis["t"], axis["i"]
+        outputs = slice(i * width, i * width + width)
+        if lanes == "rows":
+            T.reads(small[axis["q"], t, axis["nb"], outputs])
+        else:
+            T.reads(small[axis["q"], axis["nb"], outputs, axis["j"], t * GROUP : t * GROUP + GROUP])
+        T.writes(*(buffer[(g, *(slice(0, extent) for extent in buffer.shape[1:]))] for buffer in into))
+        for first in range(0, width, pack if whole else 1):
+            n = axis["nb"] * width + first
+            if lanes == "rows":
+                place = [axis["q"], t, axis["nb"]]
+                packed = small.vload([*place, first], f"{small.dtype}x{pack}")
+                put(into, n, g, t, packed, [small[(*place, first + p)] for p in range(pack)], tirx.Ramp(0, 1, pack))
+                continue
+            rows = [
+                small.vload([axis["q"], axis["nb"], first + p, axis["j"], 0], f"{small.dtype}x{GROUP}")
+                for p in range(pack if whole else 1)
+            ]
+            if whole:
+                put(into, n, g, 0, interleaved(rows), rows, tirx.Ramp(0, 1, GROUP * pack))
+            else:
+                put(into, n, g, 0, rows[0], rows, tirx.Ramp(n % pack, pack, GROUP))
 
 
 def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
@@ -112,54 +202,52 @@ def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
     return tirx.bitwise_xor(flipped, tirx.Broadcast(tirx.const(operands.key_offset, operands.key), lanes))
 
 
-def _epilogue_activate(workload: Workload, epilogue: Activate, axes: dict[str, Expr], value: Any, layout: Layout) -> None:
-    """A second block, `scatter`, stores `pack` channels at a time where the consumer wants them packed."""
+@contextmanager
+def _activate(workload: Workload, epilogue: Activate, groups: Expr, lanes: Layout) -> Iterator[Emit]:
+    operands, consumer = workload.operands, epilogue.consumer
+    pack, stored = operands.pack, operands.activation
     quant = arg("quant", [2], "float32")
-    pack, stored, width = workload.operands.pack, workload.operands.activation, axes["ni"]
-    out = arg("activated", shape(epilogue.consumer, axes["g"], workload.n, pack), stored)
-    scatters = epilogue.consumer == "packed" and width % pack == 0
-    small = scratch("small", list(axes.values()), stored) if scatters else out
-    with stage("epilogue", axes) as variables:
-        axis = dict(zip(axes, variables, strict=True))
-        real = ACTIVATIONS[epilogue.activation](value(**axis)) * quant[0]
-        n = axis["nb"] * width + axis["ni"]
-        index = variables if scatters else at(epilogue.consumer, axis["g"], axis["t"], n, pack)
-        store(small, quantize(real, 0, 255, stored, quant[1]), index)
-    if not scatters:
-        return
-    if layout == "columns":
-        with stage("scatter", {"g": axes["g"], "nb": axes["nb"], "i": 1, "t": 1}) as (g, nb, i, t):
-            T.reads(small[g, nb, i * width : i * width + width, t * GROUP : t * GROUP + GROUP])
-            T.writes(out[g, :, :, :])
-            for first in range(0, width, pack):
-                rows = [small.vload([g, nb, first + p, 0], f"{stored}x{GROUP}") for p in range(pack)]
-                store(out, interleaved(rows), [g, (nb * width + first) // pack, 0, tirx.Ramp(0, 1, GROUP * pack)])
-    else:
-        with stage("scatter", {"g": axes["g"], "t": GROUP, "nb": axes["nb"], "i": 1}) as (g, t, nb, i):
-            T.reads(small[g, t, nb, i * width : i * width + width])
-            T.writes(out[g, :, t, :])
-            for first in range(0, width, pack):
-                packed = small.vload([g, t, nb, first], f"{stored}x{pack}")
-                store(out, packed, [g, (nb * width + first) // pack, t, tirx.Ramp(0, 1, pack)])
+    out = arg("activated", shape(consumer, groups, workload.n, pack), stored)
+
+    def put(into: Outputs, first: Expr, g: Expr, t: Expr, packed: Expr, _: list[Expr], lane: Expr) -> None:
+        store(into[0], packed, [g, first // pack, t, lane])
+
+    def emit(nest: Nest, value: Any) -> None:
+        activated = nest.written(out)
+        scatters = consumer == "packed" and nest.axes["ni"] % pack == 0
+        small = scratch(nest.block("small"), list(nest.axes.values()), stored) if scatters else activated
+        with nest.epilogue() as (variables, axis):
+            real = ACTIVATIONS[epilogue.activation](value(axis)) * quant[0]
+            place = activation_at(consumer, operands, groups, nest.group(axis), axis["t"], nest.output(axis))
+            store(small, quantize(real, 0, 255, stored, quant[1]), variables if scatters else place)
+        if scatters:
+            _scatter(nest, lanes, small, (activated,), put, pack)
+
+    yield emit
 
 
-def _epilogue_add_norm(workload: Workload, epilogue: AddNorm, axes: dict[str, Expr], value: Any, _: Layout) -> None:
-    norm, groups, hidden = epilogue.norm, axes["g"], workload.n
+@contextmanager
+def _add_norm(workload: Workload, epilogue: AddNorm, groups: Expr, _: Layout) -> Iterator[Emit]:
+    norm, hidden = epilogue.norm, workload.n
     residual = arg("residual", shape(norm.residual, groups, hidden), "float32")
     args = norm_args(hidden)
     outputs = norm_outputs(groups, hidden, norm, workload.operands)
     pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
-    with stage("epilogue", axes) as variables:
-        axis = dict(zip(axes, variables, strict=True))
-        index = at(norm.residual, axis["g"], axis["t"], axis["nb"] * axes["ni"] + axis["ni"])
-        store(pre, value(**axis) + residual[tuple(index)], index)
-    norm_stages(pre, groups, hidden, norm, workload.operands, args, outputs)
+
+    def emit(nest: Nest, value: Any) -> None:
+        sums = nest.written(pre)
+        with nest.epilogue() as (_, axis):
+            place = at(norm.residual, nest.group(axis), axis["t"], nest.output(axis))
+            store(sums, value(axis) + residual[tuple(place)], place)
+
+    yield emit
+    norm_stages(alias(pre), groups, hidden, norm, workload.operands, args, outputs)
 
 
 EPILOGUES: dict[type, Any] = {
-    Raw: _epilogue_raw,
-    Qkv: _epilogue_qkv,
-    Activate: _epilogue_activate,
-    AddNorm: _epilogue_add_norm,
+    Raw: _raw,
+    Qkv: _qkv,
+    Activate: _activate,
+    AddNorm: _add_norm,
 }
-"""Epilogue to the function that emits its stages: (workload, epilogue, axes in accumulator order, value, lanes' layout)."""
+"""Epilogue to what declares its arguments (workload, epilogue, number of groups, layout of the lanes) and yields its Emit."""

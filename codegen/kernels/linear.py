@@ -7,6 +7,8 @@ Reads of `index` and `indptr` are left out of the product's declared reads: tens
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -14,10 +16,10 @@ from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
-from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Raw
+from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Nest, Raw
 from tilewright.codegen.kernels.tiles import product_tiles
 from tilewright.codegen.tiles import TILE
-from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, Workload
+from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, PARTS, Workload
 
 
 def row_block(workload: Workload) -> int:
@@ -31,124 +33,197 @@ INDEX_BYTES = 8
 """A gathered row's index is its offset in units of this many bytes: the largest scale an x86 address can apply for free."""
 
 
+def token_tiles(workload: Workload) -> tuple[int, ...]:
+    """Token groups of a register tile in each of the kernel's loop nests, widest first; the last is always 1.
+
+    A nest takes as many whole tiles as there are, the next one what is left over. Wider tiles use a weight (column) or a
+    gathered row (gather) for more tokens.
+    """
+    if workload.family == "gather":
+        tiles = [workload.operands.columns]
+    else:
+        most = workload.operands.accumulators // row_block(workload) if workload.family == "column" else 1
+        tiles = [tile for tile in (8, 4) if tile <= most]  # a remainder modulo 2 is more than TVM's region analysis can follow
+    return (*(tile for tile in tiles if tile > 1), 1)
+
+
 def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
     """The kernel of `workload`.
 
     Arguments: x (activation dtype, family's layout), the packed weights of `packing.pack_linear` (weight, and for sparse
-    blocks index u16 and indptr i32), fold i32[N], scale f32[N], bias f32[N], the epilogue's own arguments, its outputs.
-    The integer part of output n of token t is sum(x * w) + fold[n]; the real value is that times scale[n] plus bias[n].
+    blocks index u16, indptr i32 and parts u16), fold i32[N], scale f32[N], bias f32[N], the epilogue's own arguments, its
+    outputs. The integer part of output n of token t is sum(x * w) + fold[n]; the value is that times scale[n] plus bias[n].
     """
 
     def body() -> None:
         assert workload.family is not None
         groups = tirx.Var("G", "int32")
-        layout = FAMILY_LANES[workload.family]
-        x = arg(
-            "x", shape(FAMILY_LAYOUT[workload.family], groups, workload.k, workload.operands.pack), workload.operands.activation
-        )
-        acc = _PRODUCTS[workload.family](workload, x, groups)
+        lanes = FAMILY_LANES[workload.family]
+        operands, width = workload.operands, row_block(workload)
+        x = arg("x", shape(FAMILY_LAYOUT[workload.family], groups, workload.k, operands.pack), operands.activation)
+        weights = _WEIGHTS[workload.family](workload)
         fold = arg("fold", [workload.n], "int32")
         scale = arg("scale", [workload.n], "float32")
         bias = arg("bias", [workload.n], "float32")
-        width = row_block(workload)
+        with EPILOGUES[type(epilogue)](workload, epilogue, groups, lanes) as emit:
+            first: Expr = 0
+            for tile in token_tiles(workload):
+                count = groups - first if tile == 1 else (groups - first) // tile
+                extents = {"q": count, "t": GROUP, "nb": workload.n // width, "ni": width, "j": tile}
+                order = ("q", "t", "nb", "ni") if lanes == "rows" else ("q", "nb", "ni", "j", "t")
+                nest = Nest(tile, first, count, {name: extents[name] for name in order})
+                sums = _PRODUCTS[workload.family](workload, nest, x, weights)
 
-        def integer(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
-            if workload.family == "tile_row":
-                sums = acc[g, nb, t, ni]
-            else:
-                sums = acc[g, t, nb, ni] if layout == "rows" else acc[g, nb, ni, _lane_of(workload, t)]
-            return sums + fold[nb * width + ni]
+                def integer(axis: dict[str, Expr], nest: Nest = nest, sums: Any = sums) -> Expr:
+                    return sums(axis) + fold[nest.output(axis)]
 
-        def real(g: Expr, t: Expr, nb: Expr, ni: Expr) -> Expr:
-            n = nb * width + ni
-            return T.cast(integer(g, t, nb, ni), "float32") * scale[n] + bias[n]
+                def real(axis: dict[str, Expr], nest: Nest = nest, integer: Any = integer) -> Expr:
+                    n = nest.output(axis)
+                    return T.cast(integer(axis), "float32") * scale[n] + bias[n]
 
-        order = ("g", "t", "nb", "ni") if layout == "rows" else ("g", "nb", "ni", "t")
-        extents = {"g": groups, "t": GROUP, "nb": workload.n // width, "ni": width}
-        axes = {name: extents[name] for name in order}
-        EPILOGUES[type(epilogue)](workload, epilogue, axes, integer if isinstance(epilogue, Raw) else real, layout)
+                emit(nest, integer if isinstance(epilogue, Raw) else real)
+                first = first + count * tile
 
     return prim_func(workload, body)
 
 
-def _product_row(workload: Workload, x: Any, groups: Expr) -> Any:
-    """acc[g, t, nb, ni] over weight s8[entries, bk / pack, bn, pack]; a dense matrix has K / pack entries per row-block."""
+@dataclass(frozen=True)
+class Weights:
+    """The arguments that hold a matrix; index and indptr are None if it is dense."""
+
+    weight: Any
+    index: Any = None
+    indptr: Any = None
+
+    def entry(self, nb: Expr, e: Expr) -> Expr:
+        """Where entry e of row-block nb is stored; 64 bits spare the address a conversion in the inner loop."""
+        return T.cast(self.indptr[nb], "int64") + T.cast(e, "int64")
+
+
+def _weights_row(workload: Workload) -> Weights:
+    """weight s8[entries, bk / pack, bn, pack]; a dense matrix is s8[N / bn, K / pack, 1, bn, pack]."""
     pack, width = workload.operands.pack, row_block(workload)
-    blocks = workload.n // width
     if workload.block is None:
-        inner, entries = pack, workload.k // pack
-        weight = arg("weight", [blocks, entries, 1, width, pack], "int8")
-        index: Any = None
-        indptr: Any = None
-    else:
-        inner, entries = workload.block[1], workload.k // workload.block[1]
-        weight, index, indptr = _sparse_args([inner // pack, width, pack], [], blocks, "int8")
-    acc = scratch("acc", [groups, GROUP, blocks, width], "int32")
-    reduced = {"e": entries, "kp": inner // pack, "ki": pack}
-    with stage("product", {"g": groups, "t": GROUP, "nb": blocks, "ni": width}, reduced) as (g, t, nb, ni, e, kp, ki):
-        if index is None:
-            left, right = x[g, t, e * pack + ki], weight[nb, e, kp, ni, ki]
-        else:
-            entry = indptr[nb] + e
-            left = x[g, t, T.cast(index[entry], "int32") * inner + kp * pack + ki]
-            right = weight[entry, kp, ni, ki]
-        _multiply_add(acc, [g, t, nb, ni], left, right)
-    return acc
+        return Weights(arg("weight", [workload.n // width, workload.k // pack, 1, width, pack], "int8"))
+    return _sparse_args(workload, [workload.block[1] // pack, width, pack], [], "int8")
 
 
-def _product_gather(workload: Workload, x: Any, groups: Expr) -> Any:
-    """acc[g, nb, ni, lane] over weight[entries, bn, pack] and index u16[entries, pack]: `pack` rows of x are interleaved first.
-
-    The interleaved tokens stand in the order of `_LANES`. Rows are interleaved as whole vectors, because a row is chosen at
-    run time and tensorize matches no buffer region that is.
-    """
-    pack, width = workload.operands.pack, row_block(workload)
-    blocks, entries = workload.n // width, -(-workload.k // pack)
-    weight, index, indptr = _sparse_args([width, pack], [pack], blocks, workload.operands.weight)
-    gathered = scratch("gathered", [groups, blocks, entries, GROUP, pack], workload.operands.activation)
-    acc = scratch("acc", [groups, blocks, width, GROUP], "int32")
-    order = [GROUP * p + token for token in _LANES[pack] for p in range(pack)]
-    # the unit axes t and p carry the written region, which compute_at has to find in terms of axes
-    with stage("gather", {"g": groups, "nb": blocks, "e": entries, "t": 1, "p": 1}) as (g, nb, e, t, p):
-        T.reads(x[g, 0 : workload.k, 0:GROUP], index[indptr[nb] + e, 0:pack])
-        T.writes(gathered[g, nb, e, t * GROUP : t * GROUP + GROUP, p * pack : p * pack + pack])
-        unit = INDEX_BYTES * 8 // DataType(workload.operands.activation).bits
-        offsets = [T.cast(index[indptr[nb] + e, column], "int64") * unit for column in range(pack)]
-        rows = [x.vload([g, 0, offset], f"{workload.operands.activation}x{GROUP}") for offset in offsets]
-        store(gathered, tirx.Shuffle(rows, order), [g, nb, e, 0, tirx.Ramp(0, 1, GROUP * pack)])
-    spatial = {"g": groups, "nb": blocks, "ni": width, "t": GROUP}
-    with stage("product", spatial, {"e": entries, "ki": pack}) as (g, nb, ni, t, e, ki):
-        _multiply_add(acc, [g, nb, ni, t], gathered[g, nb, e, t, ki], weight[indptr[nb] + e, ni, ki])
-    return acc
+def _weights_gather(workload: Workload) -> Weights:
+    """weight[entries, bn, pack] and index u16[entries, pack]."""
+    pack = workload.operands.pack
+    return _sparse_args(workload, [row_block(workload), pack], [pack], workload.operands.weight)
 
 
-def _product_column(workload: Workload, x: Any, groups: Expr) -> Any:
-    """acc[g, nb, ni, t] over weight[entries, bn, bk / pack, pack]: tokens stand packed, so a block's inputs are vectors."""
+def _weights_column(workload: Workload) -> Weights:
+    """weight[entries, bn, bk / pack, pack]: a block as it is."""
     assert workload.block is not None
     pack, (width, inner) = workload.operands.pack, workload.block
-    blocks, entries, packs = workload.n // width, workload.k // inner, inner // pack
-    weight, index, indptr = _sparse_args([width, packs, pack], [], blocks, workload.operands.weight)
-    acc = scratch("acc", [groups, blocks, width, GROUP], "int32")
-    spatial = {"g": groups, "nb": blocks, "ni": width, "t": GROUP}
-    with stage("product", spatial, {"e": entries, "kp": packs, "ki": pack}) as (g, nb, ni, t, e, kp, ki):
-        entry = indptr[nb] + e
-        left = x[g, T.cast(index[entry], "int32") * packs + kp, t, ki]
-        _multiply_add(acc, [g, nb, ni, t], left, weight[entry, ni, kp, ki])
-    return acc
+    return _sparse_args(workload, [width, inner // pack, pack], [], workload.operands.weight)
 
 
-def _product_tile_row(workload: Workload, x: Any, groups: Expr) -> Any:
-    """acc[g, nb, t, ni] over weight s8[blocks, K / 4, 1, width, 4], the packing of a dense row kernel."""
-    pack, width = workload.operands.pack, row_block(workload)
-    weight = arg("weight", [workload.n // width, workload.k // pack, 1, width, pack], "int8")
-    return product_tiles(workload, x, groups, width, weight, None, None)
+def _weights_tile_column(workload: Workload) -> Weights:
+    """weight s8[entries, bn, 16, 4] and index u16[entries, 16]: 16 blocks are one entry."""
+    return _sparse_args(workload, [row_block(workload), TILE, workload.operands.pack], [TILE], "int8")
 
 
-def _product_tile_column(workload: Workload, x: Any, groups: Expr) -> Any:
-    """acc[g, nb, ni, t] over weight s8[entries, bn, 16, 4] and index u16[entries, 16]: 16 blocks are one entry."""
-    width = row_block(workload)
-    sparse = _sparse_args([width, TILE, workload.operands.pack], [TILE], workload.n // width, "int8")
-    return product_tiles(workload, x, groups, width, *sparse)
+_WEIGHTS = {
+    "row": _weights_row,
+    "column": _weights_column,
+    "gather": _weights_gather,
+    "tile_row": _weights_row,
+    "tile_column": _weights_tile_column,
+}
+
+
+Sums = Callable[[dict[str, Expr]], Expr]
+"""The sum of an accumulator, for axes by name."""
+
+
+def _accumulators(nest: Nest, name: str = "acc") -> Any:
+    """A buffer of the nest's axes."""
+    return scratch(nest.block(name), list(nest.axes.values()), "int32")
+
+
+def _in_order(nest: Nest, buffer: Any) -> Sums:
+    return lambda axis: buffer[tuple(axis[name] for name in nest.axes)]
+
+
+def _product_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+    """acc[q, t, nb, ni]: weights are vectors of outputs."""
+    acc = _accumulators(nest)
+    pack, weight = workload.operands.pack, weights.weight
+    inner = pack if workload.block is None else workload.block[1]
+    reduced = {"e": workload.k // inner, "kp": inner // pack, "ki": pack}
+    with stage(nest.block("product"), nest.axes, reduced) as (q, t, nb, ni, e, kp, ki):
+        g = nest.group({"q": q})
+        if weights.index is None:
+            left, right = x[g, t, e * pack + ki], weight[nb, e, kp, ni, ki]
+        else:
+            entry = weights.entry(nb, e)
+            left = x[g, t, T.cast(weights.index[entry], "int32") * inner + kp * pack + ki]
+            right = weight[entry, kp, ni, ki]
+        _multiply_add(acc, [q, t, nb, ni], left, right)
+    return _in_order(nest, acc)
+
+
+def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+    """acc[q, nb, ni, j, lane]: `pack` rows of x, each of all tokens of the tile, are interleaved first; ordered has the tokens.
+
+    Rows are interleaved as whole vectors, because a row is chosen at run time and tensorize matches no buffer region that is.
+    """
+    pack, stored, tile = workload.operands.pack, workload.operands.activation, nest.tile
+    tokens, axes, index, acc = tile * GROUP, nest.axes, weights.index, _accumulators(nest)
+    entries = -(-workload.k // pack)
+    gathered = scratch(nest.block("gathered"), [axes["q"], axes["nb"], entries, tile, GROUP, pack], stored)
+    # the unit axes j, t and p carry the written region, which compute_at has to find in terms of axes
+    loops = {"q": axes["q"], "nb": axes["nb"], "e": entries, "j": 1, "t": 1, "p": 1}
+    with stage(nest.block("gather"), loops) as (q, nb, e, j, t, p):
+        g = nest.group({"q": q})
+        T.reads(x[g : g + tile, 0 : workload.k, 0:GROUP], index[weights.entry(nb, e), 0:pack])
+        T.writes(gathered[q, nb, e, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP, p * pack : p * pack + pack])
+        unit = INDEX_BYTES * 8 // DataType(stored).bits * tile
+        offsets = [T.cast(index[weights.entry(nb, e), column], "int64") * unit for column in range(pack)]
+        rows = [x.vload([g, 0, offset], f"{stored}x{tokens}") for offset in offsets]
+        for part, vector in enumerate(_interleave(rows, pack, tile)):
+            store(gathered, vector, [q, nb, e, part, 0, tirx.Ramp(0, 1, GROUP * pack)])
+    with stage(nest.block("product"), axes, {"e": entries, "ki": pack}) as (q, nb, ni, j, t, e, ki):
+        _multiply_add(acc, [q, nb, ni, j, t], gathered[q, nb, e, j, t, ki], weights.weight[weights.entry(nb, e), ni, ki])
+
+    ordered = _accumulators(nest, "ordered")
+    with stage(nest.block("order"), {"q": axes["q"], "nb": axes["nb"], "ni": axes["ni"], "j": 1, "t": 1}) as (q, nb, ni, j, t):
+        T.reads(acc[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
+        T.writes(ordered[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
+        sums = [acc.vload([q, nb, ni, part, 0], f"int32x{GROUP}") for part in range(tile)]
+        places = [_lane_of(token, pack, tile) for token in range(tokens)]
+        for part in range(tile):
+            lanes = [GROUP * vector + lane for vector, lane in places[part * GROUP : part * GROUP + GROUP]]
+            store(ordered, tirx.Shuffle(sums, lanes), [q, nb, ni, part, tirx.Ramp(0, 1, GROUP)])
+    return _in_order(nest, ordered)
+
+
+def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+    """acc[q, nb, ni, j, t]: tokens stand packed, so a block's inputs are vectors."""
+    assert workload.block is not None
+    pack, inner = workload.operands.pack, workload.block[1]
+    packs, acc = inner // pack, _accumulators(nest)
+    reduced = {"e": workload.k // inner, "kp": packs, "ki": pack}
+    with stage(nest.block("product"), nest.axes, reduced) as (q, nb, ni, j, t, e, kp, ki):
+        entry = weights.entry(nb, e)
+        left = x[nest.group({"q": q, "j": j}), T.cast(weights.index[entry], "int32") * packs + kp, t, ki]
+        _multiply_add(acc, [q, nb, ni, j, t], left, weights.weight[entry, ni, kp, ki])
+    return _in_order(nest, acc)
+
+
+def _product_tile_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+    """acc[q, nb, t, ni]."""
+    acc = product_tiles(workload, x, nest.count, row_block(workload), weights.weight, None, None)
+    return lambda axis: acc[axis["q"], axis["nb"], axis["t"], axis["ni"]]
+
+
+def _product_tile_column(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+    """acc[q, nb, ni, t]."""
+    acc = product_tiles(workload, x, nest.count, row_block(workload), weights.weight, weights.index, weights.indptr)
+    return lambda axis: acc[axis["q"], axis["nb"], axis["ni"], axis["t"]]
 
 
 _PRODUCTS = {
@@ -158,30 +233,54 @@ _PRODUCTS = {
     "tile_row": _product_tile_row,
     "tile_column": _product_tile_column,
 }
+"""Family to what emits the blocks of a nest that sum its products."""
 
 
-_LANES = {
-    # vpunpck works within 128-bit halves: quads of tokens 0, 2 and 1, 3 come out together
-    2: [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15],
-    4: list(range(GROUP)),
-}
-"""Pack to the token of each lane of an interleaved group."""
+def _interleave(rows: list[Expr], pack: int, tile: int) -> list[Expr]:
+    """`tile` vectors [16, pack] from `pack` rows of tile * 16 tokens each, which come out in the order of `_lane_of`.
+
+    The order is that of vpunpck, which works within 128 bits; sums are put in order once, entries are many.
+    """
+    tokens = tile * GROUP
+    if tile == pack:
+        return _unpack(rows, 4 * pack, tokens, 1)
+    token_of = {_lane_of(token, pack, 1): token for token in range(GROUP)}
+    return [tirx.Shuffle(rows, [GROUP * p + token_of[0, lane] for lane in range(GROUP) for p in range(pack)])]
 
 
-def _lane_of(workload: Workload, token: Expr) -> Expr:
-    """The lane of `token`: in gather kernels the inverse of _LANES, which for pairs swaps the two middle quads."""
-    swapped = workload.family == "gather" and workload.operands.pack == 2
-    return token % 8 // 4 * 8 + token // 8 * 4 + token % 4 if swapped else token
+def _unpack(rows: list[Expr], whole: int, tokens: int, unit: int) -> list[Expr]:
+    """The vpunpck tree: `whole` elements make 128 bits, `unit` of them stay together."""
+    if len(rows) == 1:
+        return rows
+    results = []
+    for half in (0, whole // 2):
+        firsts = [start + half + i for start in range(0, tokens, whole) for i in range(0, whole // 2, unit)]
+        order = [source + first + i for first in firsts for source in (0, tokens) for i in range(unit)]
+        pairs = [tirx.Shuffle([even, odd], order) for even, odd in zip(rows[::2], rows[1::2], strict=True)]
+        results += _unpack(pairs, whole, tokens, unit * 2)
+    return results
 
 
-def _sparse_args(entry: list[int], index: list[int], blocks: int, dtype: str) -> tuple[Any, Any, Any]:
-    """Declare weight[Z, *entry], index u16[Z, *index] and indptr i32[blocks + 1]; Z is the number of stored entries."""
+def _lane_of(token: Any, pack: int, tile: int) -> tuple[Any, Any]:
+    """The vector of `_interleave`, and the lane in it, in which `token` of a tile comes out.
+
+    Of the tokens in 128 bits, four at a time come out together: the first fours of all 128 bits, then the second, ...
+    """
+    whole = 4 * pack
+    quad, lane = token % whole // 4, token // whole * 4 + token % 4
+    return (quad, lane) if tile == pack else (0, quad * (GROUP // pack) + lane)
+
+
+def _sparse_args(workload: Workload, entry: list[int], index: list[int], dtype: str) -> Weights:
+    """Declare weight[Z, *entry], index u16[Z, *index], indptr i32[N / bn + 1] and parts; Z is the number of stored entries."""
     stored = tirx.Var("Z", "int32")
-    return (
+    weights = Weights(
         arg("weight", [stored, *entry], dtype),
         arg("index", [stored, *index], "uint16"),
-        arg("indptr", [blocks + 1], "int32"),
+        arg("indptr", [workload.n // row_block(workload) + 1], "int32"),
     )
+    arg("parts", [PARTS + 1], "uint16")  # for `codegen.trim`; unsigned, so that offsets into scratch can be seen to be 0
+    return weights
 
 
 def _multiply_add(acc: Any, indices: list[Expr], left: Expr, right: Expr) -> None:

@@ -8,7 +8,19 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, interleaved, quantize, scratch, shape, stage, store
+from tilewright.codegen.kernels.common import (
+    GROUP,
+    Expr,
+    activation_at,
+    arg,
+    at,
+    interleaved,
+    quantize,
+    scratch,
+    shape,
+    stage,
+    store,
+)
 from tilewright.codegen.workload import Layout, Operands
 
 
@@ -70,7 +82,8 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Opera
         store(stream, real, at(norm.stream, g, t, c))
         if norm.consumer is not None:
             value_u8 = quantize(real * quant[0], 0, 255, operands.activation, quant[1])
-            store(small, value_u8, at(norm.residual if packs else norm.consumer, g, t, c))
+            place = at(norm.residual, g, t, c) if packs else activation_at(norm.consumer, operands, groups, g, t, c)
+            store(small, value_u8, place)
     if packs and norm.residual == "columns":
         # the unit axis carries the region read, which reverse_compute_at has to find in terms of axes
         with stage("pack", {"g": groups, "c": hidden // pack, "t": 1}) as (g, c, t):
