@@ -16,7 +16,7 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tilewright.codegen.kernels.common import activation_at, quantize, shape
+from tilewright.codegen.kernels.common import activation_at, interleaved, quantize, shape
 from tilewright.codegen.kernels.math import exp, round_to_int
 from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
 
@@ -51,9 +51,11 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
     def own(token: Any, start: Any, end: Any) -> Any:
         return T.And(token >= start, token < end)
 
-    def interleaved(tile: Any) -> Any:
-        rows = [tirx.Cast(f"{stored}x{GROUP}", tile.vload([p, 0], f"int32x{GROUP}")) for p in range(pack)]
-        return tirx.Shuffle(rows, [GROUP * p + i for i in range(GROUP) for p in range(pack)])
+    def weight_rows(tile: Any) -> Any:
+        return interleaved([tirx.Cast(f"{stored}x{GROUP}", tile.vload([p, 0], f"int32x{GROUP}")) for p in range(pack)])
+
+    def channel_rows(mixed: Any, channel: Any) -> Any:
+        return interleaved([mixed.vload([channel + p, 0], f"{stored}x{GROUP}") for p in range(pack)])
 
     def output(accumulator: Any, weight_sum: Any, scale: Any, zero_point: Any) -> Any:
         real = T.cast(accumulator, "float32") * scale / T.cast(weight_sum, "float32")
@@ -86,9 +88,11 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                 tile = T.sblock_alloc_buffer((size, GROUP), "int32")
                 largest = T.sblock_alloc_buffer((GROUP,), "int32")
                 total = T.sblock_alloc_buffer((GROUP,), "int32")
+                mixed = T.sblock_alloc_buffer((channels, GROUP), stored)
+                quads = T.sblock_alloc_buffer((GROUP, pack), stored)
                 for c in T.serial(channels):
                     for i in T.vectorized(GROUP):
-                        context[place(groups, group, i, head * channels + c)] = T.cast(0, stored)
+                        mixed[c, i] = T.cast(0, stored)
                 for b in T.serial(ends - 1):
                     if offsets[b + 1] > group * GROUP and offsets[b] < group * GROUP + GROUP:
                         start: T.let = offsets[b]
@@ -139,7 +143,7 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                     )
                                 for i in T.vectorized(GROUP):
                                     total[i] = total[i] + tile[p, i]
-                            weights[block, 0, T.ramp(0, 1, GROUP * pack)] = interleaved(tile)
+                            weights[block, 0, T.ramp(0, 1, GROUP * pack)] = weight_rows(tile)
                         for block in T.serial(channels // size):
                             for c in T.unroll(size):
                                 for i in T.vectorized(GROUP):
@@ -165,10 +169,20 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                                 )
                             for c in T.unroll(size):
                                 for i in T.vectorized(GROUP):
-                                    context[place(groups, group, i, head * channels + block * size + c)] = T.Select(
+                                    mixed[block * size + c, i] = T.Select(
                                         own(group * GROUP + i, start, end),
                                         output(tile[c, i], total[i], quant[1], quant[2]),
-                                        context[place(groups, group, i, head * channels + block * size + c)],
+                                        mixed[block * size + c, i],
                                     )
+                if consumer == "columns":
+                    for c in T.serial(channels):
+                        for i in T.vectorized(GROUP):
+                            context[place(groups, group, i, head * channels + c)] = mixed[c, i]
+                else:  # `pack` channels of a token at a time
+                    for c in T.serial(rows):
+                        quads[0, T.ramp(0, 1, GROUP * pack)] = channel_rows(mixed, c * pack)
+                        for i in T.unroll(GROUP):
+                            for p in T.vectorized(pack):
+                                context[place(groups, group, i, head * channels + c * pack + p)] = quads[i, p]
 
     return attention
