@@ -44,6 +44,13 @@ LENGTHS = (64, LENGTH, 384)
 EPILOGUES = ("qkv", "add_norm", "activate")
 REPEATS = 30
 
+TILE_MACS: dict[Block | None, float] = {None: 1024.0, (16, 4): 512.0, (32, 4): 683.0}
+"""Products per cycle of the kernels on AMX tiles, by stored block.
+
+By Intel's optimization manual a product of tiles, 16384 MACs, takes 16 cycles. Gathering a tile of inputs takes about as
+long, and serves one product of blocks of 16 outputs, two of 32.
+"""
+
 Cycles = Mapping[str, float]  # of one call of a kernel, by its name
 
 
@@ -145,6 +152,17 @@ def model(isa: Isa, measured: Sequence[LevelRates], tick: Callable[[], None]) ->
     )  # fmt: skip
 
 
+def model_tiles(isa: Isa, vectors: LevelRates) -> LevelRates:
+    """The rates of AMX level `isa`: those of `vectors`, the level whose intrinsics it shares, and TILE_MACS."""
+    linears = tuple(
+        vectors.of(plan)
+        or dataclasses.replace(vectors.linears[0], family=plan.family, block=plan.block, macs=TILE_MACS[plan.block])
+        for plan in plans(isa)
+    )
+    about = f"tiles by their instructions' throughput, memory not counted; the rest: {vectors.about}"
+    return dataclasses.replace(vectors, isa=isa.name, cpu="sapphirerapids", about=about, linears=linears)
+
+
 def stored() -> tuple[LevelRates, ...]:
     """The table as it is now."""
     return rates.from_json(rates.TABLE.read_text("utf-8")) if rates.TABLE.exists() else ()
@@ -179,6 +197,8 @@ def main() -> None:
         measured = [entry for entry in stored() if (entry.source, entry.cpu) == ("measured", cpu)]
         for isa in modelled:
             store(model(isa, measured, tick))
+        for isa in (isa for isa in ISAS.values() if isa.tiles):
+            store(model_tiles(isa, next(entry for entry in stored() if (entry.isa, entry.source) == (isa.vectors, "modelled"))))
 
 
 def _rounded(value: Any) -> Any:

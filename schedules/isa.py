@@ -77,7 +77,7 @@ ISAS: dict[str, Isa] = {
 }
 """Levels from the least to the most capable; a CPU runs the last one whose features it has."""
 
-TARGET_SETS: dict[str, tuple[str, ...]] = {"server": ("avx2", "avx512", "avx512vnni")}
+TARGET_SETS: dict[str, tuple[str, ...]] = {"server": ("avx2", "avx512", "avx512vnni", "amx")}
 """Names for several levels at once. `server`: one for each step that server CPUs took since Haswell and Zen."""
 
 CLOUD: dict[str, str] = {

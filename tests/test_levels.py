@@ -36,13 +36,14 @@ from tilewright.schedules.blocks import plan
 from tilewright.schedules.isa import ISAS, TARGET_SETS, resolve_all
 from tilewright.weights import WeightPool, map_weights
 
-LEVELS = ("avx2", "avxvnni", "avx512vnni")
+LEVELS = ("avx2", "avxvnni", "avx512vnni", "amx")
 RUNNING = [name for name in LEVELS if runs_here(name)]
 NOTHING: frozenset[str] = frozenset()
 EMULATED = {
     "haswell": ("haswell", "avx2"),
     "skylake_x": ("skylake-avx512", "avx2"),
     "icelake_u": ("icelake-client", "avx512vnni"),
+    "sapphire_rapids": ("sapphirerapids", "amx"),
 }
 """Emulated CPU to its name in LLVM and the best of LEVELS that it has."""
 
@@ -218,7 +219,7 @@ def test_each_level_has_its_weights_and_equal_ones_are_stored_once(
     floats = [name for name, array in packed["avx2"].items() if array.dtype == np.float32]
     assert all(len({level["parameters"][name] for level in levels}) == 1 for name in floats)
     row = [level["parameters"]["layer0.output.weight"] for level in levels]
-    assert row == ["layer0.output.weight", *["layer0.output.weight@avxvnni"] * 2]  # pairs of inputs, and fours twice
+    assert row == ["layer0.output.weight", *["layer0.output.weight@avxvnni"] * 2, "layer0.output.weight@amx"]
 
 
 def test_levels_of_one_packing_need_no_further_weights(model: EncoderModel, tmp_path: Path) -> None:
@@ -264,7 +265,8 @@ def test_command_line_reports_levels(
             "shared": sum(len(content) for *_, content in tensors[name] & others),
         }
         assert (not level["missing"]) == runs_here(name)
-        assert {tuple(kernel["block"] or ()) for kernel in level["kernels"]} == {(), (4, 1), (16, 4)}
+        blocks = {(), (16, 4)} if name == "amx" else {(), (4, 1), (16, 4)}  # dense tiles are faster than (4, 1)
+        assert {tuple(kernel["block"] or ()) for kernel in level["kernels"]} == blocks
     assert [level["name"] for level in report["levels"]] == list(LEVELS)
     text = ok("inspect", artifact)
     assert all(name in text for name in LEVELS)
