@@ -49,8 +49,8 @@ def test_a_block_that_does_not_divide_is_refused() -> None:
 def test_detect_finds_the_pruned_block(block: tuple[int, int], seed: int, density: float, rounded_to_zero: bool) -> None:
     random = np.random.default_rng(seed)
     shape = (128, 128)
-    keep = random.random((shape[0] // block[0], shape[1] // block[1])) < density
-    keep.flat[: max(1, int(density * keep.size))] |= ~keep.any()  # at least one block is kept
+    blocks = shape[0] // block[0] * (shape[1] // block[1])
+    keep = (random.permutation(blocks) < max(1, int(density * blocks))).reshape(shape[0] // block[0], -1)
     weight = random.integers(1, 128, shape) * random.choice([-1, 1], shape)
     if rounded_to_zero:
         weight[random.random(shape) < 0.1] = 0
