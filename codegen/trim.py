@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm_ffi
@@ -37,7 +38,9 @@ def trim(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return func.with_body(body)
 
 
-def _map_loops(body: Any, annotation: str, rewrite: Any) -> Any:
+def _map_loops(body: Any, annotation: str, rewrite: Callable[[Any, Any], Any]) -> Any:
+    """`body` with rewrite(loop, value) for every loop that is annotated."""
+
     def visit(loop: Any) -> Any:
         annotations = dict(loop.annotations)
         return rewrite(loop, annotations[annotation]) if annotation in annotations else loop
@@ -84,7 +87,7 @@ def _without_aliases(body: Any) -> Any:
 
 
 def _skip_if_empty(loop: Any) -> Any:
-    """Starting threads costs more than what tiny models compute."""
+    """Often a kernel's wider nest has no whole tile, and waking threads for nothing costs more than tiny models compute."""
     if loop.kind != tirx.ForKind.PARALLEL or isinstance(loop.extent, tirx.IntImm):
         return loop
     return tirx.IfThenElse(loop.extent > 0, loop, None)

@@ -22,8 +22,9 @@ ATTRIBUTE = "tilewright.workload"
 Layout = Literal["rows", "columns", "packed"]
 """Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16], packed is [G, C / pack, 16, pack].
 
-Integer columns at a level with W = `Operands.columns` > 1: each W groups from the first on stand as [C, W, 16], so that a row
-of W groups is one vector register; the G % W groups left over stand as [C, 16] each.
+The columns that `gather` reads, at a level with W = `Operands.columns` > 1: every W groups, from the first on, stand as
+[C, W, 16], so that W groups of a channel are one vector register; the G % W groups left over stand as [C, 16] each. The
+declared shape stays [G, C, 16]. Other columns (float32, sums, attention's values) are as declared.
 """
 
 Family = Literal["row", "column", "gather", "tile_row", "tile_column"]
@@ -58,8 +59,9 @@ class Operands:
     attention: dtype of queries and values. key: dtype of keys, stored as s8 value + key_offset: an unsigned key
     adds key_offset * sum(query) to all scores of a query, which softmax cancels exactly.
     row_blocks: outputs a dense `row` weight may be kept together in, widest first; the first that divides N is used.
-    columns: token groups whose rows stand together in the activations of `gather` (see `Layout`).
-    accumulators: vectors of 16 s32 that a `column` kernel sums at a time, at most; blocks of more outputs take one group.
+    columns: token groups whose channels stand together in the activations of `gather` (see `Layout`).
+    accumulators: vectors of 16 s32 that a `column` kernel sums at a time, at most, over several token groups; a block of more
+    outputs takes one group.
     """
 
     pack: int

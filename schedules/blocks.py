@@ -31,7 +31,7 @@ BLOCKS: dict[Block, tuple[LinearPlan, ...]] = {
 }
 """What may run for each block shape, best first: the first that is legal and fits the registers of an ISA level is used.
 
-A plan may store smaller blocks than were found, as (8, 1) blocks are stored as (4, 1) where registers are few.
+A plan may store smaller blocks than were found, as (8, 1) blocks are stored as (4, 1) where registers are few for their tile.
 """
 
 PAYS_ON_TILES: dict[Family, float] = {"tile_column": 0.5, "row": 0.09, "column": 0.09, "gather": 0.07}
@@ -74,7 +74,7 @@ def legal(plan: LinearPlan, isa: Isa) -> bool:
 
 
 def _fits(plan: LinearPlan, isa: Isa) -> bool:
-    """Whether a block's accumulators leave registers for its operands: gather holds an interleaved group beside them."""
+    """Whether a block's accumulators leave registers for its operands: gather holds a tile's interleaved tokens beside them."""
     if plan.block is None or plan.family in ("row", "tile_column"):
         return True
     registers, vectors = 32 if isa.lanes == GROUP else 16, plan.block[0] * GROUP // isa.lanes
@@ -102,7 +102,10 @@ def dense(isa: Isa, reason: str = "") -> LinearPlan:
 
 
 def choose(block: Block | None, isa: Isa, density: float = 0.0) -> LinearPlan:
-    """The plan for a linear in which `block` was found (None: dense), with a share `density` of its blocks non-zero."""
+    """The plan for a linear in which `block` was found (None: dense), with a share `density` of its blocks non-zero.
+
+    A density of 0 gives the sparse plan of the level, however it compares with dense tiles.
+    """
     if block is None:
         return dense(isa)
     plans = [plan for plan in BLOCKS.get(block, ()) if legal(plan, isa)]

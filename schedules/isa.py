@@ -50,7 +50,8 @@ class Isa:
         return Target(config)
 
 
-# 32 registers: a row block of three vectors leaves room for eight tokens' accumulators
+# 32 registers: a row block of three vectors leaves room for eight tokens' accumulators, and 16 hide the latency of a column
+# kernel's dot products
 _WIDE: dict[str, Any] = {"row_blocks": (48, 32, 16), "accumulators": 16}
 _AVX2 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _AMX = ("amx-tile", "amx-int8")

@@ -1,4 +1,4 @@
-"""Schedules of the linear kernels: the row family, the two whose lanes are tokens, and the epilogues fused to them."""
+"""Schedules of the linear kernels: the row family, column and gather, the tile families, and the epilogues fused to them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.kernels.epilogue import block_name
 from tilewright.codegen.kernels.linear import row_block, token_tiles
+from tilewright.codegen.kernels.nest import block_name
 from tilewright.codegen.kernels.tiles import tile_quads
 from tilewright.codegen.tiles import TILE_TASKS
 from tilewright.codegen.trim import CHUNK_AXIS, SPARSE_AXIS
@@ -23,8 +23,8 @@ from tilewright.schedules.norm import has_block, schedule_norm
 class LinearDecisions:
     """What a tuner may choose. rows: tokens of one register tile (row family; divides 16).
 
-    chunks: parts of the outputs that are worked through one after the other, so that a part's weights stay in the L2
-    cache while all token groups pass.
+    chunks: into how many the row-blocks are divided; a chunk's weights stay in the L2 cache while all token groups pass. A
+    sparse matrix's chunks are of equal work rather than of equal size, so their number divides PARTS.
     """
 
     rows: int = 4
@@ -34,8 +34,8 @@ class LinearDecisions:
 def default_decisions(workload: Workload) -> LinearDecisions:
     """Hand-chosen decisions.
 
-    Accumulators take half (of 16) to three quarters (of 32) of the registers. There are at least eight chunks, so that a
-    single group of tokens keeps eight threads busy, of at most 128 K weights.
+    Accumulators take half (of 16) to three quarters (of 32) of the registers. Eight chunks, so that a single group of tokens
+    keeps eight threads busy, or more where that leaves more than 128 K weights to a chunk; the next lower number that divides.
     """
     lanes = ISAS[workload.isa].lanes
     accumulators = 24 if lanes == 16 else 8
@@ -109,7 +109,7 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
     _fuse_scatter(sch, tile, inner)
     if workload.family == "gather":
         sch.compute_at(sch.get_sblock(block_name("gather", tile)), e)
-    sch.annotate(e, SPARSE_AXIS, "nb")
+    sch.annotate(e, SPARSE_AXIS, 1)
     init = sch.decompose_reduction(product, e)
     sch.tensorize(t, intrinsic(workload.isa, "tokens", workload.operands.activation).name)
     for loop in (*packs, ni, j):
@@ -152,7 +152,7 @@ def _schedule_row(sch: Schedule, workload: Workload, decisions: LinearDecisions)
     _outer(sch, g, nb, decisions.chunks)
     sch.reverse_compute_at(epilogue, outer)
     _fuse_scatter(sch, 1, outer)
-    sch.annotate(e, SPARSE_AXIS, "nb")
+    sch.annotate(e, SPARSE_AXIS, 1)
     init = sch.decompose_reduction(product, e)
     sch.tensorize(lane, intrinsic(workload.isa, "outputs", "int8").name)
     for loop in (rows, vectors, kp):

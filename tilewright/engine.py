@@ -25,6 +25,9 @@ from tilewright.runtime import Executable, acquire_threads, release_threads
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+RUN_TOKENS = 512
+"""Tokens of one run for each thread, if a batch has more than one sequence: more would not stay in an L2 cache of 1 MB."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -54,10 +57,6 @@ def load(path: str | Path, num_threads: int | None = None, isa: str | None = Non
     executable = Executable((directory / level.library).resolve(), parameters)
     tokenizer = (directory / TOKENIZER).read_text("utf-8") if TOKENIZER in manifest.files else None
     return Engine(manifest, level, executable, tokenizer, num_threads or available_cores())
-
-
-RUN_TOKENS = 512
-"""Tokens of one run for each thread, if a batch has more than one sequence: their activations stay in an L2 cache of 1 MB."""
 
 
 class Engine:

@@ -112,7 +112,8 @@ def ranking(predictions: Iterable[Prediction]) -> list[Prediction]:
 def break_even(sizes: Sizes, isa: Isa, rates: LevelRates, block: Block) -> float | None:
     """The share of zero blocks from which a layer's sparse linears take less time than dense ones; 1 if never.
 
-    None if the table lacks a plan. Both times are linear in the share: dense = (1 - share) * products + cost.
+    None if the table lacks a plan. Both times are linear in the share: dense = (1 - share) * products + cost. The compiler
+    does not ask the rates: on a level with tiles it goes by `PAYS_ON_TILES`.
     """
     sparse, dense = rates.of(choose(block, isa)), rates.of(choose(None, isa))
     if sparse is None or dense is None:

@@ -1,8 +1,8 @@
 """Multi-head attention over packed sequences: one parallel task per (head, token group).
 
-A task finds the sequences that overlap its 16 queries and handles each in turn, writing only the lanes that belong to it,
+A task finds the sequences that overlap its 16 queries and handles each in turn, keeping only the lanes that belong to it,
 so no sequence needs padding and no lane sees another sequence. Lanes are queries throughout: scores, softmax and context
-need no horizontal reduction and no transposition.
+need no horizontal reduction, and only the finished context is transposed, as the output kernel reads it, and stored once.
 
 Softmax weights are u8 with their largest equal to 255, and the context is divided by their integer sum: rounding them
 after division by the sum would leave long sequences with a handful of distinct small weights.
@@ -24,7 +24,10 @@ LOWEST = -(2**31)
 
 
 def _tile(workload: Workload) -> int:
-    """Keys, then channels, whose accumulators are live together: 4 x 16 lanes fill half of AVX2's registers."""
+    """Keys, then channels, whose accumulators are live together.
+
+    4 x 16 lanes fill half of AVX2's registers. Of 32 wide ones 8 are few, but hide the latency of the dot products.
+    """
     return 8 if workload.operands.accumulators >= 16 and workload.k % 8 == 0 else 4
 
 
@@ -89,7 +92,7 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                 largest = T.sblock_alloc_buffer((GROUP,), "int32")
                 total = T.sblock_alloc_buffer((GROUP,), "int32")
                 mixed = T.sblock_alloc_buffer((channels, GROUP), stored)
-                quads = T.sblock_alloc_buffer((GROUP, pack), stored)
+                packed = T.sblock_alloc_buffer((GROUP, pack), stored)
                 for c in T.serial(channels):
                     for i in T.vectorized(GROUP):
                         mixed[c, i] = T.cast(0, stored)
@@ -180,9 +183,9 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                             context[place(groups, group, i, head * channels + c)] = mixed[c, i]
                 else:  # `pack` channels of a token at a time
                     for c in T.serial(rows):
-                        quads[0, T.ramp(0, 1, GROUP * pack)] = channel_rows(mixed, c * pack)
+                        packed[0, T.ramp(0, 1, GROUP * pack)] = channel_rows(mixed, c * pack)
                         for i in T.unroll(GROUP):
                             for p in T.vectorized(pack):
-                                context[place(groups, group, i, head * channels + c * pack + p)] = quads[i, p]
+                                context[place(groups, group, i, head * channels + c * pack + p)] = packed[i, p]
 
     return attention

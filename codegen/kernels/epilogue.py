@@ -25,6 +25,7 @@ from tilewright.codegen.kernels.common import (
     store,
 )
 from tilewright.codegen.kernels.math import ACTIVATIONS
+from tilewright.codegen.kernels.nest import Nest, Value
 from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
 from tilewright.codegen.workload import Layout, Operands, Workload
 
@@ -60,47 +61,6 @@ class Raw:
 Epilogue = Qkv | Activate | AddNorm | Raw
 
 
-@dataclass(frozen=True)
-class Nest:
-    """One loop nest of a linear kernel: `count` tiles of `tile` token groups each, from group `first` on.
-
-    axes: extents of the accumulators' axes, in their order. q is the tile and j (absent where tiles are single groups by
-    nature) the group within; t is the token, and ni the output within row-block nb.
-    """
-
-    tile: int
-    first: Expr
-    count: Expr
-    axes: dict[str, Expr]
-
-    def block(self, name: str) -> str:
-        """`name` as the nest's blocks are called."""
-        return block_name(name, self.tile)
-
-    def group(self, axis: dict[str, Expr]) -> Expr:
-        """The token group of an accumulator."""
-        return self.first + axis["q"] * self.tile + axis.get("j", 0)
-
-    def output(self, axis: dict[str, Expr]) -> Expr:
-        """The output of an accumulator."""
-        return axis["nb"] * self.axes["ni"] + axis["ni"]
-
-    def written(self, buffer: Any) -> Any:
-        """`buffer` as this nest may write it: the nests of a kernel write parts of the same memory."""
-        return buffer if self.tile == 1 else alias(buffer)
-
-    @contextmanager
-    def epilogue(self) -> Iterator[tuple[list[Expr], dict[str, Expr]]]:
-        """The stage `epilogue` over all accumulators; yields its axes as a list and by name."""
-        with stage(self.block("epilogue"), self.axes) as variables:
-            yield variables, dict(zip(self.axes, variables, strict=True))
-
-
-def block_name(name: str, tile: int) -> str:
-    """`name` of a block in the nest of tiles of `tile` groups."""
-    return name if tile == 1 else f"{name}_{tile}"
-
-
 Outputs = tuple[Any, ...]
 
 Put = Callable[[Outputs, Expr, Expr, Expr, Expr, list[Expr], Expr], None]
@@ -109,15 +69,15 @@ Put = Callable[[Outputs, Expr, Expr, Expr, Expr, list[Expr], Expr], None]
 Those of a pack together, as one vector whose last indices are `lanes`, or `channels` one by one.
 """
 
-Emit = Callable[[Nest, Any], None]
-"""Emits what follows the product of one nest; its second argument gives the value of an accumulator for axes by name."""
+Emit = Callable[[Nest, Value], None]
+"""Emits what follows the product of one nest, which the second argument gives."""
 
 
 @contextmanager
 def _raw(workload: Workload, _: Raw, groups: Expr, lanes: Layout) -> Iterator[Emit]:
     out = arg("sums", shape(lanes, groups, workload.n), "int32")
 
-    def emit(nest: Nest, value: Any) -> None:
+    def emit(nest: Nest, value: Value) -> None:
         sums = nest.written(out)
         with nest.epilogue() as (_, axis):
             store(sums, value(axis), at(lanes, nest.group(axis), axis["t"], nest.output(axis)))
@@ -150,7 +110,7 @@ def _qkv(workload: Workload, _: Qkv, groups: Expr, lanes: Layout) -> Iterator[Em
                         last = t if lanes == "rows" else tirx.Ramp(0, 1, GROUP)
                         store(values, channel, [g, first + index - 2 * hidden, last])
 
-    def emit(nest: Nest, value: Any) -> None:
+    def emit(nest: Nest, value: Value) -> None:
         small = scratch(nest.block("small"), list(nest.axes.values()), operands.attention)
         with nest.epilogue() as (variables, axis):
             store(small, quantize(value(axis), -127, 127, operands.attention), variables)
@@ -212,7 +172,7 @@ def _activate(workload: Workload, epilogue: Activate, groups: Expr, lanes: Layou
     def put(into: Outputs, first: Expr, g: Expr, t: Expr, packed: Expr, _: list[Expr], lane: Expr) -> None:
         store(into[0], packed, [g, first // pack, t, lane])
 
-    def emit(nest: Nest, value: Any) -> None:
+    def emit(nest: Nest, value: Value) -> None:
         activated = nest.written(out)
         scatters = consumer == "packed" and nest.axes["ni"] % pack == 0
         small = scratch(nest.block("small"), list(nest.axes.values()), stored) if scatters else activated
@@ -234,7 +194,7 @@ def _add_norm(workload: Workload, epilogue: AddNorm, groups: Expr, _: Layout) ->
     outputs = norm_outputs(groups, hidden, norm, workload.operands)
     pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
 
-    def emit(nest: Nest, value: Any) -> None:
+    def emit(nest: Nest, value: Value) -> None:
         sums = nest.written(pre)
         with nest.epilogue() as (_, axis):
             place = at(norm.residual, nest.group(axis), axis["t"], nest.output(axis))

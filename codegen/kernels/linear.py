@@ -1,4 +1,4 @@
-"""INT8 linear kernels: a sparse or dense product of one of three families, followed by a fused epilogue.
+"""INT8 linear kernels: a sparse or dense product of one of the families, followed by a fused epilogue.
 
 The sparse axis `e` runs over the whole width of the matrix, so that every loop is affine and all schedule primitives apply;
 once scheduled, `codegen.trim` replaces its extent by the true count of the row-block, `indptr[nb + 1] - indptr[nb]`.
@@ -7,7 +7,6 @@ Reads of `index` and `indptr` are left out of the product's declared reads: tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,9 @@ from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
-from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Nest, Raw
+from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Raw
+from tilewright.codegen.kernels.interleave import interleave, lane_of
+from tilewright.codegen.kernels.nest import Nest, Value
 from tilewright.codegen.kernels.tiles import product_tiles
 from tilewright.codegen.tiles import TILE
 from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, PARTS, Workload
@@ -74,10 +75,10 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
                 nest = Nest(tile, first, count, {name: extents[name] for name in order})
                 sums = _PRODUCTS[workload.family](workload, nest, x, weights)
 
-                def integer(axis: dict[str, Expr], nest: Nest = nest, sums: Any = sums) -> Expr:
+                def integer(axis: dict[str, Expr], nest: Nest = nest, sums: Value = sums) -> Expr:
                     return sums(axis) + fold[nest.output(axis)]
 
-                def real(axis: dict[str, Expr], nest: Nest = nest, integer: Any = integer) -> Expr:
+                def real(axis: dict[str, Expr], nest: Nest = nest, integer: Value = integer) -> Expr:
                     n = nest.output(axis)
                     return T.cast(integer(axis), "float32") * scale[n] + bias[n]
 
@@ -135,20 +136,16 @@ _WEIGHTS = {
 }
 
 
-Sums = Callable[[dict[str, Expr]], Expr]
-"""The sum of an accumulator, for axes by name."""
-
-
 def _accumulators(nest: Nest, name: str = "acc") -> Any:
     """A buffer of the nest's axes."""
     return scratch(nest.block(name), list(nest.axes.values()), "int32")
 
 
-def _in_order(nest: Nest, buffer: Any) -> Sums:
+def _in_order(nest: Nest, buffer: Any) -> Value:
     return lambda axis: buffer[tuple(axis[name] for name in nest.axes)]
 
 
-def _product_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+def _product_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, t, nb, ni]: weights are vectors of outputs."""
     acc = _accumulators(nest)
     pack, weight = workload.operands.pack, weights.weight
@@ -166,7 +163,7 @@ def _product_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Su
     return _in_order(nest, acc)
 
 
-def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, nb, ni, j, lane]: `pack` rows of x, each of all tokens of the tile, are interleaved first; ordered has the tokens.
 
     Rows are interleaved as whole vectors, because a row is chosen at run time and tensorize matches no buffer region that is.
@@ -184,7 +181,7 @@ def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
         unit = INDEX_BYTES * 8 // DataType(stored).bits * tile
         offsets = [T.cast(index[weights.entry(nb, e), column], "int64") * unit for column in range(pack)]
         rows = [x.vload([g, 0, offset], f"{stored}x{tokens}") for offset in offsets]
-        for part, vector in enumerate(_interleave(rows, pack, tile)):
+        for part, vector in enumerate(interleave(rows, pack, tile)):
             store(gathered, vector, [q, nb, e, part, 0, tirx.Ramp(0, 1, GROUP * pack)])
     with stage(nest.block("product"), axes, {"e": entries, "ki": pack}) as (q, nb, ni, j, t, e, ki):
         _multiply_add(acc, [q, nb, ni, j, t], gathered[q, nb, e, j, t, ki], weights.weight[weights.entry(nb, e), ni, ki])
@@ -194,14 +191,14 @@ def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
         T.reads(acc[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         T.writes(ordered[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         sums = [acc.vload([q, nb, ni, part, 0], f"int32x{GROUP}") for part in range(tile)]
-        places = [_lane_of(token, pack, tile) for token in range(tokens)]
+        places = [lane_of(token, pack, tile) for token in range(tokens)]
         for part in range(tile):
             lanes = [GROUP * vector + lane for vector, lane in places[part * GROUP : part * GROUP + GROUP]]
             store(ordered, tirx.Shuffle(sums, lanes), [q, nb, ni, part, tirx.Ramp(0, 1, GROUP)])
     return _in_order(nest, ordered)
 
 
-def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
+def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, nb, ni, j, t]: tokens stand packed, so a block's inputs are vectors."""
     assert workload.block is not None
     pack, inner = workload.operands.pack, workload.block[1]
@@ -214,61 +211,21 @@ def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
     return _in_order(nest, acc)
 
 
-def _product_tile_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
-    """acc[q, nb, t, ni]."""
-    acc = product_tiles(workload, x, nest.count, row_block(workload), weights.weight, None, None)
-    return lambda axis: acc[axis["q"], axis["nb"], axis["t"], axis["ni"]]
-
-
-def _product_tile_column(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Sums:
-    """acc[q, nb, ni, t]."""
+def _product_tiles(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
+    """acc[q, nb, t, ni] (tile_row) or acc[q, nb, ni, t] (tile_column)."""
     acc = product_tiles(workload, x, nest.count, row_block(workload), weights.weight, weights.index, weights.indptr)
-    return lambda axis: acc[axis["q"], axis["nb"], axis["ni"], axis["t"]]
+    order = ("q", "nb", "t", "ni") if workload.family == "tile_row" else ("q", "nb", "ni", "t")
+    return lambda axis: acc[tuple(axis[name] for name in order)]
 
 
 _PRODUCTS = {
     "row": _product_row,
     "column": _product_column,
     "gather": _product_gather,
-    "tile_row": _product_tile_row,
-    "tile_column": _product_tile_column,
+    "tile_row": _product_tiles,
+    "tile_column": _product_tiles,
 }
 """Family to what emits the blocks of a nest that sum its products."""
-
-
-def _interleave(rows: list[Expr], pack: int, tile: int) -> list[Expr]:
-    """`tile` vectors [16, pack] from `pack` rows of tile * 16 tokens each, which come out in the order of `_lane_of`.
-
-    The order is that of vpunpck, which works within 128 bits; sums are put in order once, entries are many.
-    """
-    tokens = tile * GROUP
-    if tile == pack:
-        return _unpack(rows, 4 * pack, tokens, 1)
-    token_of = {_lane_of(token, pack, 1): token for token in range(GROUP)}
-    return [tirx.Shuffle(rows, [GROUP * p + token_of[0, lane] for lane in range(GROUP) for p in range(pack)])]
-
-
-def _unpack(rows: list[Expr], whole: int, tokens: int, unit: int) -> list[Expr]:
-    """The vpunpck tree: `whole` elements make 128 bits, `unit` of them stay together."""
-    if len(rows) == 1:
-        return rows
-    results = []
-    for half in (0, whole // 2):
-        firsts = [start + half + i for start in range(0, tokens, whole) for i in range(0, whole // 2, unit)]
-        order = [source + first + i for first in firsts for source in (0, tokens) for i in range(unit)]
-        pairs = [tirx.Shuffle([even, odd], order) for even, odd in zip(rows[::2], rows[1::2], strict=True)]
-        results += _unpack(pairs, whole, tokens, unit * 2)
-    return results
-
-
-def _lane_of(token: Any, pack: int, tile: int) -> tuple[Any, Any]:
-    """The vector of `_interleave`, and the lane in it, in which `token` of a tile comes out.
-
-    Of the tokens in 128 bits, four at a time come out together: the first fours of all 128 bits, then the second, ...
-    """
-    whole = 4 * pack
-    quad, lane = token % whole // 4, token // whole * 4 + token % 4
-    return (quad, lane) if tile == pack else (0, quad * (GROUP // pack) + lane)
 
 
 def _sparse_args(workload: Workload, entry: list[int], index: list[int], dtype: str) -> Weights:
