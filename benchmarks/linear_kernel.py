@@ -119,7 +119,7 @@ class Builder:
         self._built: dict[Any, Any] = {}
 
     def runner(self, case: Case) -> Runner:
-        """The case's kernel on random operands."""
+        """The case's kernel on random operands; a sparse one also where dense tiles would be chosen instead."""
         isa, plan, (n, k) = ISAS[case.level], choose(case.block, ISAS[case.level]), case.shape
         random = np.random.default_rng(0)
         weight = weights(case, random)

@@ -19,16 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.kernels import parse_block
 from benchmarks.machine import machine
 from benchmarks.peak import clock
-from benchmarks.random_encoder import compiled
+from benchmarks.random_encoder import WORDS, compiled
 from tilewright.baseline import time_in_turns
 from tilewright.commands.output import block_name
 from tilewright.cpu import cpu_features
 from tilewright.hardware import detect
+from tilewright.measure import random_ids
 from tilewright.predict import Sizes, predict
 from tilewright.schedules import rates
 from tilewright.schedules.isa import resolve
@@ -65,7 +64,7 @@ def check(args: argparse.Namespace) -> list[Check]:
         engines = {block: compiled(sizes, isa, block, args.sparsity if block else 0.0) for block in blocks}
         for shape in args.shapes:
             batch, length = map(int, shape.split("x"))
-            ids = np.random.default_rng(0).integers(0, 1000, (batch, length))
+            ids = random_ids(WORDS, batch, length)
             calls = {block_name(block): functools.partial(engine, ids) for block, engine in engines.items()}
             before = clock()
             samples = time_in_turns(calls, args.seconds)

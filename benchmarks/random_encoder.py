@@ -24,7 +24,7 @@ from tilewright.predict import Sizes
 from tilewright.schedules.blocks import Block
 from tilewright.schedules.isa import Isa
 
-_WORDS, _POSITIONS = 1000, 512
+WORDS, _POSITIONS = 1000, 512
 _INPUT = Quantization(0.05, 128)
 _ATTENTION_SCALE = 0.05  # of q, k and v
 
@@ -46,8 +46,8 @@ def random_encoder(sizes: Sizes, block: Block | None, sparsity: float) -> Encode
         attention = Attention(query, key, value, output, _ATTENTION_SCALE, _ATTENTION_SCALE, _ATTENTION_SCALE)
         return Layer(attention, norm, linear(wide, hidden), linear(hidden, wide), norm)
 
-    words, positions = (random.standard_normal((count, hidden)).astype(np.float32) for count in (_WORDS, _POSITIONS))
-    config = EncoderConfig("distilbert", hidden, sizes.heads, wide, _WORDS, _POSITIONS, "gelu")
+    words, positions = (random.standard_normal((count, hidden)).astype(np.float32) for count in (WORDS, _POSITIONS))
+    config = EncoderConfig("distilbert", hidden, sizes.heads, wide, WORDS, _POSITIONS, "gelu")
     layers = tuple(layer() for _ in range(sizes.layers))
     return EncoderModel(config, Embeddings(words, positions, None, norm), layers, Head("none"))
 

@@ -30,15 +30,16 @@ from tilewright.codegen.plan import LinearPlan
 from tilewright.commands.output import progress_bar
 from tilewright.cpu import cpu_features
 from tilewright.hardware import detect
+from tilewright.measure import random_ids
 from tilewright.predict import Sizes
 from tilewright.schedules import rates
-from tilewright.schedules.blocks import BLOCKS, Block, choose
+from tilewright.schedules.blocks import BLOCKS, PAYS_ON_TILES, Block, choose
 from tilewright.schedules.isa import ISAS, Isa
 from tilewright.schedules.rates import AttentionRate, LevelRates, LinearRate
 
 FITTED = Sizes("fitted", 2, 768, 12, 3072)
 SMALL_HEADS = Sizes("small heads", 1, 384, 12, 1536)
-SPARSITIES = (0.7, 0.9)
+DENSITIES = (0.3, 0.1)
 LENGTH = 128  # tokens that linears are fitted to
 LENGTHS = (64, LENGTH, 384)
 EPILOGUES = ("qkv", "add_norm", "activate")
@@ -63,7 +64,7 @@ def profile(engine: tilewright.Engine, length: int) -> Cycles:
     """Cycles of each kernel for one sequence: the least of REPEATS times, which nothing disturbed, at the highest clock."""
     seconds: dict[str, float] = {}
     hertz = 0.0
-    ids = np.random.default_rng(0).integers(0, engine.manifest.limits.vocab_size, (1, length))
+    ids = random_ids(engine.manifest.limits.vocab_size, 1, length)
     for _ in range(REPEATS):
         hertz = max(hertz, clock(0.001) * 1e9)
         for kernel in engine.profile({"input_ids": ids}, iterations=1):
@@ -72,11 +73,19 @@ def profile(engine: tilewright.Engine, length: int) -> Cycles:
 
 
 def plans(isa: Isa) -> dict[LinearPlan, Block | None]:
-    """The plans that the level chooses for any block shape, each with a block shape that leads to it."""
+    """The plans that the level chooses for any block shape, if few blocks are left, each with a shape that leads to it."""
     found: dict[LinearPlan, Block | None] = {}
     for block in (None, *BLOCKS):
         found.setdefault(dataclasses.replace(choose(block, isa), reason=""), block)
     return found
+
+
+def densities(isa: Isa, plan: LinearPlan) -> tuple[float, ...]:
+    """The shares of non-zero blocks to fit `plan` to: DENSITIES, or less where the level would choose dense tiles."""
+    if plan.block is None:
+        return (1.0,)
+    scale = min(1.0, 0.9 * PAYS_ON_TILES[plan.family] / max(DENSITIES)) if isa.tiles else 1.0
+    return tuple(scale * density for density in DENSITIES)
 
 
 def measure(isa: Isa, cpu: str, about: str, tick: Callable[[], None]) -> LevelRates:
@@ -84,9 +93,9 @@ def measure(isa: Isa, cpu: str, about: str, tick: Callable[[], None]) -> LevelRa
     linears = []
     for plan, block in plans(isa).items():
         cycles = {}
-        for sparsity in (0.0,) if plan.block is None else SPARSITIES:
-            engine = compiled(FITTED, isa, block, sparsity)
-            cycles[1 - sparsity] = profile(engine, LENGTH)
+        for density in densities(isa, plan):
+            engine = compiled(FITTED, isa, block, 1 - density)
+            cycles[density] = profile(engine, LENGTH)
             tick()
         linears.append(fit_linear(plan, cycles))
         if plan.block is None:

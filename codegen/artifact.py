@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from tilewright.artifact import sha256
 from tilewright.errors import InvalidInput
 from tilewright.manifest import MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from tilewright.weights import write_weights
@@ -86,9 +86,3 @@ def _replacing(target: Path) -> Iterator[Path]:
         raise InvalidInput(f"cannot write {target}: {error.strerror or error}; choose another output") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of the file at `path`."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.artifact import sha256
 from tilewright.codegen.block_sparse import detect_block
 from tilewright.codegen.model import EncoderModel, Layer, Linear, Quantization
 from tilewright.errors import InvalidInput
@@ -155,11 +156,7 @@ def fingerprint(model: EncoderModel) -> str:
 
 def _file_hashes(path: Path) -> dict[str, str]:
     """sha256 of the file at `path`, or of the model's files in the directory, by name."""
-    hashes = {}
-    for file in _model_files(path):
-        with open(file, "rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return {file.name: sha256(file) for file in _model_files(path)}
 
 
 def _model_files(path: Path) -> Iterator[Path]:

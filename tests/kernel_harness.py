@@ -131,7 +131,7 @@ def linear_kernel(
     isa: str, family: Family, block: tuple[int, int] | None, n: int, k: int, epilogue: Epilogue, residual: Any = None
 ) -> LinearKernel:
     """The compiled kernel, made once in a test run."""
-    label = type(epilogue).__name__.lower()  # the schedule of "qkv" has a step of its own
+    label = type(epilogue).__name__.lower()
     workload = Workload("linear", n, k, isa, ISAS[isa].operands, label, family, block, residual)
     return LinearKernel(workload, epilogue)
 

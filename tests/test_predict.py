@@ -150,9 +150,10 @@ def test_the_shipped_rates_cover_every_block_shape(entry: LevelRates) -> None:
     assert entry.about
     most = 2 * isa.lanes * isa.operands.pack  # two vector instructions a cycle, on any CPU there is
     for block in (None, *BLOCKS):
-        rate = entry.of(choose(block, isa))
+        plan = choose(block, isa)
+        rate = entry.of(plan)
         assert rate is not None, f"{block} has no rate; run python -m benchmarks.rates"
-        assert 0 < rate.macs <= 1.02 * most
+        assert 0 < rate.macs <= (1024 if plan.family.startswith("tile") else 1.02 * most)
         assert min(rate.qkv, rate.add_norm, rate.activate) >= 0
     assert 0 < entry.attention.macs <= 1.02 * most
     assert entry.embedding > 0

@@ -21,6 +21,8 @@ from tilewright.codegen.kernels.tiles import tile_quads
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.tiles import configuration
 from tilewright.codegen.workload import Family, Workload
+from tilewright.errors import ArtifactTargetMismatch
+from tilewright.manifest import LevelRecord
 from tilewright.schedules.blocks import BLOCKS, DENSE_TILES, PAYS_ON_TILES, choose, legal, plan
 from tilewright.schedules.isa import ISAS, resolve
 
@@ -128,6 +130,13 @@ def test_a_process_that_may_not_use_tiles_runs_the_level_below(
     found = cpu.cpu_features(tmp_path / "cpuinfo")
     assert found == frozenset(AMX.features if permitted else ISAS["avx512vnni"].features)
     assert resolve("native", found).name == ("amx" if permitted else "avx512vnni")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
+    level = LevelRecord("amx", AMX.features, "model.amx.so", {})
+    if permitted:
+        assert cpu.choose_level([level], found) == level
+    else:
+        with pytest.raises(ArtifactTargetMismatch, match="Linux refuses this process amx-tile, amx-int8, which amx needs"):
+            cpu.choose_level([level], found)
 
 
 def test_permission_is_asked_of_linux() -> None:

@@ -39,8 +39,7 @@ def read_manifest(directory: Path) -> Manifest:
 def _check_files(directory: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         try:
-            with (directory / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = sha256(directory / name)
         except OSError as error:
             raise InvalidArtifact(f"{directory / name} cannot be read ({error.strerror}); copy the artifact again") from None
         if found != expected:
@@ -48,3 +47,9 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
                 f"{directory / name} was altered: its sha256 is {found[:12]}..., the manifest says {expected[:12]}...; "
                 "copy or compile it again"
             )
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of the file at `path`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright import frontend
-from tilewright.codegen.artifact import check_output, sha256, write_artifact
+from tilewright.artifact import sha256
+from tilewright.codegen.artifact import check_output, write_artifact
 from tilewright.codegen.build import build
 from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel

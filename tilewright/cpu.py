@@ -35,14 +35,18 @@ def cpu_features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
     AMX is left out where Linux refuses tiles to this process.
     """
+    found = _listed(cpuinfo)
+    if "amx-tile" in found and not _tiles_permitted():
+        return frozenset(feature for feature in found if not feature.startswith("amx-"))
+    return found
+
+
+def _listed(cpuinfo: Path) -> frozenset[str]:
     try:
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
         return frozenset()
-    found = frozenset(_llvm_name(flag) for flag in flags[1].split()) if flags else frozenset()
-    if "amx-tile" in found and not _tiles_permitted():
-        return frozenset(feature for feature in found if not feature.startswith("amx-"))
-    return found
+    return frozenset(_llvm_name(flag) for flag in flags[1].split()) if flags else frozenset()
 
 
 @cache
@@ -65,8 +69,8 @@ def _llvm_name(flag: str) -> str:
 def choose_level(levels: Sequence[LevelRecord], available: frozenset[str], isa: str | None = None) -> LevelRecord:
     """The last of `levels` whose features are all `available`; the level named `isa` if one is asked for.
 
-    Raises InvalidInput for an `isa` that is not among `levels`, ArtifactTargetMismatch, naming what the CPU lacks, where it
-    or all of them cannot run.
+    Raises InvalidInput for an `isa` that is not among `levels`, ArtifactTargetMismatch, naming what the CPU lacks or Linux
+    refuses, where it or all of them cannot run.
     """
     held = {level.name: level for level in levels}
     able = [level for level in levels if not level.missing(available)]
@@ -76,7 +80,9 @@ def choose_level(levels: Sequence[LevelRecord], available: frozenset[str], isa: 
         raise InvalidInput(f"{asked}; the artifact holds {', '.join(held)}; {remedy}")
     level = held[isa] if isa is not None else able[-1] if able else levels[0]
     if missing := level.missing(available):
-        raise ArtifactTargetMismatch(f"{asked}; this CPU lacks {', '.join(missing)}, which {level.name} needs; {remedy}")
+        refused = "amx-tile" in missing and "amx-tile" in _listed(_CPUINFO)
+        lacks = "Linux refuses this process" if refused else "this CPU lacks"
+        raise ArtifactTargetMismatch(f"{asked}; {lacks} {', '.join(missing)}, which {level.name} needs; {remedy}")
     return level
 
 
