@@ -24,9 +24,10 @@ import tilewright
 from benchmarks import models
 from benchmarks.machine import machine
 from tilewright import frontend
+from tilewright.artifact import open_artifact
 from tilewright.codegen.build import build
 from tilewright.codegen.lower import lower
-from tilewright.engine import Engine, open_artifact
+from tilewright.engine import Engine
 from tilewright.measure import random_ids
 from tilewright.runtime import Executable
 from tilewright.schedules.blocks import plan
