@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import tvm
@@ -82,7 +83,7 @@ def main() -> None:
                     samples = []
                     end = time.perf_counter() + args.seconds
                     while time.perf_counter() < end:
-                        samples.append([microseconds(lambda engine=engine: engine(ids)) for engine in (whole, empty)])  # noqa: B023
+                        samples.append([microseconds(partial(engine, ids)) for engine in (whole, empty)])
                     call, overhead = (statistics.median(times) for times in zip(*samples, strict=True))
                     row = {"model": model, "level": whole.level.name, "shape": shape, "call_us": call, "overhead_us": overhead}
                     rows.append(row | {"share": overhead / call})

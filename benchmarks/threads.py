@@ -18,6 +18,7 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def measure(engines: dict[int, tilewright.Engine], ids: Any, seconds: float) -> 
         for threads, engine in engines.items():
             engine(ids)
             before, start = usage(), time.perf_counter()
-            samples[threads] += time_calls(lambda: engine(ids), duration=seconds / _ROUNDS, iterations=None, warmup=0)  # noqa: B023
+            samples[threads] += time_calls(partial(engine, ids), duration=seconds / _ROUNDS, iterations=None, warmup=0)
             spent[threads] += (*(usage() - before), (time.perf_counter() - start) * threads)
     return {
         threads: {

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from benchmarks.linear_kernel import Case, weights
 from benchmarks.peak import LOOPS, available, clock, peak, rate
-from benchmarks.rates import EPILOGUES, FITTED, LENGTH, SMALL_HEADS, fit_attention, fit_linear, solve
+from benchmarks.rates import EPILOGUES, FITTED, LENGTH, SMALL_HEADS, densities, fit_attention, fit_linear, plans, solve
 from tilewright.predict import Sizes, predict
 from tilewright.schedules.blocks import choose
-from tilewright.schedules.isa import ISAS
+from tilewright.schedules.isa import ISAS, Isa
 from tilewright.schedules.rates import AttentionRate, LevelRates, LinearRate
 
 
@@ -80,3 +80,12 @@ def test_fitted_rates_are_those_that_predictions_use(
 def test_no_coefficient_is_negative() -> None:
     assert solve([[1, 1], [2, 1], [3, 1]], [2.0, 4.0, 6.0]) == pytest.approx([2, 0], abs=1e-9)
     assert min(solve([[1, 1], [2, 1], [3, 1]], [1.0, 3.0, 5.0])) == 0  # unconstrained: 2 and -1
+
+
+@pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
+def test_rates_are_fitted_to_the_plans_they_are_of(isa: Isa) -> None:
+    """On a level with tiles, where more blocks are left, dense tiles would be measured instead."""
+    for plan, block in plans(isa).items():
+        for density in densities(isa, plan):
+            chosen = choose(block, isa, density)
+            assert (chosen.family, chosen.block) == (plan.family, plan.block)
