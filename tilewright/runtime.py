@@ -65,7 +65,7 @@ class Executable:
         """Run the module; `inputs` are contiguous and aligned to 64 bytes, the outputs are the caller's to keep."""
         try:
             results = self._main(*inputs, self._parameters)
-        except ValueError as error:  # a kernel's code compares its arguments with the types it was compiled for
+        except ValueError as error:  # the VM counts the parameters, kernels check their types
             raise InvalidArtifact(
                 "the manifest lists other parameters than its module takes; compile the model again"
             ) from error
