@@ -150,7 +150,7 @@ def _by_length(rows: Sequence[Row], path: Path) -> Path:
 
 def _by_kernel(profiles: Sequence[Row], path: Path) -> Path:
     figure, axes = _figure("Where our time goes: DistilBERT, 80 % zero, 1 thread")
-    profiles = sorted(profiles, key=lambda entry: entry["engine"])
+    profiles = sorted(profiles, key=lambda entry: (entry["engine"], _size(entry["shape"])))
     names = [f"{entry['engine'].removeprefix(_OURS)}, {entry['shape']}" for entry in profiles]
     kernels = _unique(name for entry in profiles for name in entry["microseconds"])
     left = [0.0] * len(profiles)
@@ -167,7 +167,8 @@ def _efficiency(rows: Sequence[Row], path: Path) -> Path:
     """The floor's time over ours, by shape, one line for each level and sparsity."""
     figure, axes = _figure("Share of the core's peak: DistilBERT, 1 thread")
     times = {(row["engine"], row["sparsity"], row["shape"]): row["ms"] for row in rows}
-    shapes = sorted({row["shape"] for row in rows}, key=lambda shape: [int(part) for part in shape.split("x")])
+    shapes = sorted({row["shape"] for row in rows}, key=_size)
+    axes.xaxis.update_units(shapes)  # no line has all of them: the axis would take them in the order of their appearance
     lines = sorted({key[:2] for key in times if key[0].startswith(_OURS)})
     for index, (engine, sparsity) in enumerate(lines):
         level = engine.removeprefix(_OURS)
@@ -181,6 +182,11 @@ def _efficiency(rows: Sequence[Row], path: Path) -> Path:
             axes.plot(*zip(*points, strict=True), marker="osv^D"[index % 5], color=_color(index, len(lines)), label=label)
     axes.set(xlabel="batch x length", ylabel="% of peak, on non-zero weights", ylim=(0, 100))
     return _save(figure, axes, path)
+
+
+def _size(shape: str) -> list[int]:
+    """Batch and length of a shape such as 1x128."""
+    return [int(part) for part in shape.split("x")]
 
 
 def _figure(title: str) -> tuple[Any, Any]:
