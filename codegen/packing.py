@@ -61,6 +61,9 @@ def pack_linear(workload: Workload, weight: NDArray[np.int8]) -> PackedLinear:
         return PackedLinear(weight.size, np.ascontiguousarray(packed[:, :, None]))
     assert workload.family is not None
     matrix = BlockSparseMatrix.from_dense(weight, workload.block)
+    row_blocks = n // row_block(workload)
+    if row_blocks > np.iinfo(np.uint16).max:
+        raise UnsupportedModel(f"linear {n}x{k}: {row_blocks} row-blocks are more than 16 bits count; compile it as dense")
     return _PACKERS[workload.family](workload, matrix)
 
 

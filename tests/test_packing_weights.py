@@ -124,3 +124,21 @@ def test_more_columns_than_an_index_holds_are_refused(operands: str) -> None:
     np.testing.assert_array_equal(unpack(own, pack_linear(own, weight)), weight)
     with pytest.raises(UnsupportedModel, match=f"linear 4x{most + 1}: {most + 1} inputs are more than a 16-bit index"):
         pack_linear(workload("gather", (4, 1), 4, most + 1, held), np.ones((4, most + 1), np.int8))
+
+
+@EXAMPLES
+@given(counts=st.lists(st.integers(0, 12), min_size=1, max_size=200))
+def test_parts_are_of_equal_work(counts: list[int]) -> None:
+    """Together all row-blocks in order, none more than a row-block away from an equal share."""
+    weight = np.array([[column < count for column in range(12)] for count in counts], np.int8).repeat(4, 0)
+    packed = pack_linear(workload("column", (4, 4), len(weight), 48, INT8_QUADS), weight.repeat(4, 1))
+    assert (packed.parts[0], packed.parts[-1], packed.parts.dtype) == (0, len(counts), np.uint16)
+    work = np.concatenate([[0], np.cumsum([count + 8 for count in counts])])  # an epilogue counts as 8 entries
+    ideal = np.linspace(0, work[-1], len(packed.parts))
+    assert (np.abs(work[packed.parts] - ideal) <= (max(counts) + 8) / 2 + 1e-6).all()
+
+
+def test_more_row_blocks_than_parts_can_name_are_refused() -> None:
+    weight = np.zeros((2**16, 4), np.int8)
+    with pytest.raises(UnsupportedModel, match="linear 65536x4: 65536 row-blocks are more than 16 bits count"):
+        pack_linear(workload("column", (1, 4), *weight.shape, INT8_QUADS), weight)
