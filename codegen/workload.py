@@ -23,8 +23,9 @@ Layout = Literal["rows", "columns", "packed"]
 """Order of an activation's axes: rows is [G, 16, C], columns is [G, C, 16], packed is [G, C / pack, 16, pack].
 
 The columns that `gather` reads, at a level with W = `Operands.columns` > 1: every W groups, from the first on, stand as
-[C, W, 16], so that W groups of a channel are one vector register; the G % W groups left over stand as [C, 16] each. The
-declared shape stays [G, C, 16]. Other columns (float32, sums, attention's values) are as declared.
+[C, W, 16], so that W groups of a channel are one vector register. Of the G % W groups left over, W / 2 stand as
+[C, W / 2, 16] if there are so many, and so on down to single groups (`Operands.tiles`). The declared shape stays [G, C, 16].
+Other columns (float32, sums, attention's values) are as declared.
 """
 
 Family = Literal["row", "column", "gather", "tile_row", "tile_column"]
@@ -73,6 +74,11 @@ class Operands:
     row_blocks: tuple[int, ...] = (16, 8)
     columns: int = 1
     accumulators: int = 1
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Groups of each tile size of integer columns, widest first: `columns`, a power of two, and its halves down to 1."""
+        return tuple(1 << size for size in reversed(range(self.columns.bit_length())))
 
 
 INT16_PAIRS = Operands(2, "int16", "int16", "int16", "int16", 0)

@@ -26,8 +26,8 @@ from tilewright.schedules.apply import schedule
 from tilewright.schedules.intrinsics import INTRINSICS, intrinsic
 from tilewright.schedules.isa import Isa
 
-N, K, TOKENS, CALLS = 96, 72, 80, 6
-HEADS, CHANNELS, LENGTHS = 2, 16, (1, 17, 9, 47)
+N, K, TOKENS, CALLS = 96, 72, 112, 6  # seven groups: a tile of four, of two and of one
+HEADS, CHANNELS, LENGTHS = 2, 16, (1, 17, 41, 47)
 Call = tuple[list[Array], Callable[[Array], None]]
 """Arrays of a call, the output last, and the check of what it holds afterwards."""
 

@@ -139,7 +139,7 @@ def linear_kernel(
 def to_groups(x: Array, layout: str, pack: int = 1, columns: int = 1) -> Array:
     """x[T, C] as [G, 16, C] (rows), [G, C, 16] (columns) or [G, C / pack, 16, pack] (packed).
 
-    columns: groups of a tile of integer columns, which stands as [C, columns, 16].
+    columns: groups of the widest tile of integer columns; a tile of n groups stands as [C, n, 16].
     """
     grouped = x.reshape(-1, GROUP, x.shape[1])
     if layout == "packed":
@@ -161,9 +161,10 @@ def from_groups(x: Array, layout: str, columns: int = 1) -> Array:
 
 
 def _tiles(groups: Array, size: int) -> list[Array]:
-    """Whole tiles of `size` groups from the first on, then single groups."""
+    """Whole tiles of `size` groups from the first on, then those of half as many of what is left over, and so on."""
     whole = len(groups) // size * size
-    return [groups[i : i + size] for i in range(0, whole, size)] + [groups[i : i + 1] for i in range(whole, len(groups))]
+    tiles = [groups[i : i + size] for i in range(0, whole, size)]
+    return tiles + (_tiles(groups[whole:], size // 2) if whole < len(groups) else [])
 
 
 def group_shape(tokens: int, channels: int, layout: str, pack: int = 1) -> tuple[int, ...]:

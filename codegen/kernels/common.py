@@ -29,12 +29,13 @@ def activation_at(layout: Layout, operands: Operands, groups: Expr, group: Expr,
 
     In tiled columns only the place counted from the tile's start is meaningful: the last index runs past its axis.
     """
-    tile = operands.columns
-    if layout != "columns" or tile == 1:
+    if layout != "columns" or operands.columns == 1:
         return at(layout, group, token, channel, operands.pack)
-    whole = group < groups // tile * tile
-    inner = tirx.Select(whole, group % tile, 0)
-    return [group - inner, 0, channel * tirx.Select(whole, tile * GROUP, GROUP) + inner * GROUP + token]
+    size, inner = tirx.const(1, "int32"), tirx.const(0, "int32")
+    for tile in reversed(operands.tiles[:-1]):
+        whole = group < groups // tile * tile
+        size, inner = tirx.Select(whole, tile, size), tirx.Select(whole, group % tile, inner)
+    return [group - inner, 0, (channel * size + inner) * GROUP + token]
 
 
 def shape(layout: Layout, groups: Expr, channels: int, pack: int = 1) -> list[Expr]:

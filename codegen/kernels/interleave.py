@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
 from tvm import tirx
 
 from tilewright.codegen.kernels.common import GROUP, Expr
+
+Shuffle = Callable[[Sequence[Any], list[int]], Any]
+"""(vectors, order): elements of the vectors one after the other, in that order."""
 
 
 def interleave(rows: list[Expr], pack: int, tile: int) -> list[Expr]:
@@ -12,31 +19,55 @@ def interleave(rows: list[Expr], pack: int, tile: int) -> list[Expr]:
 
     The order is that of vpunpck, which works within 128 bits; sums are put in order once, entries are many.
     """
-    tokens = tile * GROUP
-    if tile == pack:
-        return _unpack(rows, 4 * pack, tokens, 1)
-    token_of = {lane_of(token, pack, 1): token for token in range(GROUP)}
-    return [tirx.Shuffle(rows, [GROUP * p + token_of[0, lane] for lane in range(GROUP) for p in range(pack)])]
-
-
-def _unpack(rows: list[Expr], whole: int, tokens: int, unit: int) -> list[Expr]:
-    """The vpunpck tree: `whole` elements make 128 bits, `unit` of them stay together."""
-    if len(rows) == 1:
-        return rows
-    results = []
-    for half in (0, whole // 2):
-        firsts = [start + half + i for start in range(0, tokens, whole) for i in range(0, whole // 2, unit)]
-        order = [source + first + i for first in firsts for source in (0, tokens) for i in range(unit)]
-        pairs = [tirx.Shuffle([even, odd], order) for even, odd in zip(rows[::2], rows[1::2], strict=True)]
-        results += _unpack(pairs, whole, tokens, unit * 2)
-    return results
+    return _interleave(rows, pack, tile, tirx.Shuffle)
 
 
 def lane_of(token: int, pack: int, tile: int) -> tuple[int, int]:
-    """The vector of `interleave`, and the lane in it, in which `token` of a tile comes out.
+    """The vector of `interleave`, and the lane in it, in which `token` of a tile comes out."""
+    return _lanes(pack, tile)[token]
 
-    Of the tokens in 128 bits, four at a time come out together: the first fours of all 128 bits, then the second, ...
+
+@cache
+def _lanes(pack: int, tile: int) -> dict[int, tuple[int, int]]:
+    """Token to vector and lane: where `interleave` puts the elements of rows that hold the tokens' numbers."""
+
+    def shuffle(vectors: Sequence[list[int]], order: list[int]) -> list[int]:
+        elements = [token for vector in vectors for token in vector]
+        return [elements[place] for place in order]
+
+    vectors = _interleave([list(range(tile * GROUP))] * pack, pack, tile, shuffle)
+    return {token: (number, lane) for number, vector in enumerate(vectors) for lane, token in enumerate(vector[::pack])}
+
+
+def _interleave(rows: Sequence[Any], pack: int, tile: int, shuffle: Shuffle) -> list[Any]:
+    """Trees of vpunpck over whole vectors; shorter rows are widened where LLVM makes one instruction of it.
+
+    Rows of single groups are joined as they are loaded, rows of two by the shuffle (vpermt2w) that interleaves pairs.
     """
-    whole = 4 * pack
-    quad, lane = token % whole // 4, token // whole * 4 + token % 4
-    return (quad, lane) if tile == pack else (0, quad * (GROUP // pack) + lane)
+    tokens = tile * GROUP
+    if tile == pack:
+        return _unpack(rows, 4 * pack, tokens, 1, shuffle)
+    if tile == 1:
+        joined = [shuffle(rows[parity::2], list(range(pack // 2 * tokens))) for parity in (0, 1)]
+        halves = _unpack(joined, 4 * pack, pack // 2 * tokens, 1, shuffle)
+        return [shuffle(halves, _pairs(pack // 2, tokens) + [pack // 2 * tokens + i for i in _pairs(pack // 2, tokens)])]
+    halves = [_unpack(rows[first : first + 2], 4 * pack, tokens, 1, shuffle) for first in range(0, pack, 2)]
+    return [shuffle(parts, _pairs(pack // 2, tokens)) for parts in zip(*halves, strict=True)]
+
+
+def _pairs(parts: int, length: int) -> list[int]:
+    """The order that interleaves `parts` sequences of `length` elements by pairs."""
+    return [part * length + first + i for first in range(0, length, 2) for part in range(parts) for i in (0, 1)]
+
+
+def _unpack(rows: Sequence[Any], whole: int, length: int, unit: int, shuffle: Shuffle) -> list[Any]:
+    """The vpunpck tree over rows of `length` elements: `whole` elements make 128 bits, `unit` of them stay together."""
+    if len(rows) == 1:
+        return list(rows)
+    results = []
+    for half in (0, whole // 2):
+        firsts = [start + half + i for start in range(0, length, whole) for i in range(0, whole // 2, unit)]
+        order = [source + first + i for first in firsts for source in (0, length) for i in range(unit)]
+        pairs = [shuffle([even, odd], order) for even, odd in zip(rows[::2], rows[1::2], strict=True)]
+        results += _unpack(pairs, whole, length, unit * 2, shuffle)
+    return results

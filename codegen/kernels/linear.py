@@ -7,6 +7,7 @@ Reads of `index` and `indptr` are left out of the product's declared reads: tens
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +42,26 @@ def token_tiles(workload: Workload) -> tuple[int, ...]:
     gathered row (gather) for more tokens.
     """
     if workload.family == "gather":
-        tiles = [workload.operands.columns]
-    else:
-        most = workload.operands.accumulators // row_block(workload) if workload.family == "column" else 1
-        tiles = [tile for tile in (8, 4) if tile <= most]  # a remainder modulo 2 is more than TVM's region analysis can follow
-    return (*(tile for tile in tiles if tile > 1), 1)
+        return workload.operands.tiles
+    most = workload.operands.accumulators // row_block(workload) if workload.family == "column" else 1
+    return (*(tile for tile in (8, 4) if tile <= most), 1)
+
+
+def _nests(workload: Workload, groups: Expr) -> Iterator[tuple[int, Expr, Expr]]:
+    """Tile size, first group and number of tiles of each nest.
+
+    The maxima change no value. A loop of which TVM's region analysis sees that it runs at most once, or does not see that it
+    cannot run a negative number of times, ends as a loop inside the tile.
+    """
+    first: Expr = None
+    for tile in token_tiles(workload):
+        whole = groups // tile * tile
+        if first is None:
+            yield tile, 0, groups // tile
+            first = whole
+        else:
+            yield tile, first, T.max(groups // tile - first // tile, 0)
+            first = T.max(first, whole)
 
 
 def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
@@ -67,9 +83,7 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
         scale = arg("scale", [workload.n], "float32")
         bias = arg("bias", [workload.n], "float32")
         with EPILOGUES[type(epilogue)](workload, epilogue, groups, lanes) as emit:
-            first: Expr = 0
-            for tile in token_tiles(workload):
-                count = groups - first if tile == 1 else (groups - first) // tile
+            for tile, first, count in _nests(workload, groups):
                 extents = {"q": count, "t": GROUP, "nb": workload.n // width, "ni": width, "j": tile}
                 order = ("q", "t", "nb", "ni") if lanes == "rows" else ("q", "nb", "ni", "j", "t")
                 nest = Nest(tile, first, count, {name: extents[name] for name in order})
@@ -83,7 +97,6 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
                     return T.cast(integer(axis), "float32") * scale[n] + bias[n]
 
                 emit(nest, integer if isinstance(epilogue, Raw) else real)
-                first = first + count * tile
 
     return prim_func(workload, body)
 
