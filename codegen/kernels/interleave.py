@@ -27,6 +27,23 @@ def lane_of(token: int, pack: int, tile: int) -> tuple[int, int]:
     return _lanes(pack, tile)[token]
 
 
+def in_order(sums: list[Expr], pack: int, tile: int) -> list[Expr]:
+    """Vectors of 16 sums as `interleave` leaves them, put in the order of tokens: one for each group."""
+    if tile == pack == 4:  # quad v of group g is quad g of vector v; to exchange them takes two shuffles a vector
+        halves = [
+            [tirx.Shuffle(sums[first : first + 2], _quads(half, half + 1, half + 4, half + 5)) for first in (0, 2)]
+            for half in (0, 2)
+        ]
+        return [tirx.Shuffle(pair, _quads(odd, odd + 2, odd + 4, odd + 6)) for pair in halves for odd in (0, 1)]
+    places = [lane_of(token, pack, tile) for token in range(tile * GROUP)]
+    lanes = [GROUP * vector + lane for vector, lane in places]
+    return [tirx.Shuffle(sums, lanes[first : first + GROUP]) for first in range(0, tile * GROUP, GROUP)]
+
+
+def _quads(*numbers: int) -> list[int]:
+    return [4 * number + lane for number in numbers for lane in range(4)]
+
+
 @cache
 def _lanes(pack: int, tile: int) -> dict[int, tuple[int, int]]:
     """Token to vector and lane: where `interleave` puts the elements of rows that hold the tokens' numbers."""

@@ -17,7 +17,7 @@ from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
 from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Raw
-from tilewright.codegen.kernels.interleave import interleave, lane_of
+from tilewright.codegen.kernels.interleave import in_order, interleave
 from tilewright.codegen.kernels.nest import Nest, Value
 from tilewright.codegen.kernels.tiles import product_tiles
 from tilewright.codegen.tiles import TILE
@@ -204,10 +204,8 @@ def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
         T.reads(acc[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         T.writes(ordered[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         sums = [acc.vload([q, nb, ni, part, 0], f"int32x{GROUP}") for part in range(tile)]
-        places = [lane_of(token, pack, tile) for token in range(tokens)]
-        for part in range(tile):
-            lanes = [GROUP * vector + lane for vector, lane in places[part * GROUP : part * GROUP + GROUP]]
-            store(ordered, tirx.Shuffle(sums, lanes), [q, nb, ni, part, tirx.Ramp(0, 1, GROUP)])
+        for part, vector in enumerate(in_order(sums, pack, tile)):
+            store(ordered, vector, [q, nb, ni, part, tirx.Ramp(0, 1, GROUP)])
     return _in_order(nest, ordered)
 
 
