@@ -15,6 +15,7 @@ from benchmarks.peak import peak
 from tilewright.codegen.kernels.epilogue import Activate, AddNorm, Epilogue, Raw
 from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.kernels.norm import Norm
+from tilewright.codegen.lowering import PIPELINE
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.workload import FAMILY_LANES, GROUP, Workload
@@ -131,7 +132,7 @@ class Builder:
         )  # fmt: skip
         if workload not in self._built:
             func = schedule(linear(workload, epilogue)).with_attr("global_symbol", "main")
-            module = tvm.compile(tvm.IRModule({"main": func}), target=isa.target()).mod
+            module = tvm.compile(tvm.IRModule({"main": func}), target=isa.target(), tir_pipeline=PIPELINE).mod
             self._built[workload] = (module, [(param.name, param.shape, str(param.dtype)) for param in func.params])
         module, parameters = self._built[workload]
         packed = pack_linear(workload, weight).arguments()

@@ -25,6 +25,7 @@ import tvm
 
 from tilewright.codegen.kernels.epilogue import Raw
 from tilewright.codegen.kernels.linear import linear
+from tilewright.codegen.lowering import PIPELINE
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.apply import schedule
@@ -66,7 +67,7 @@ def assembly(isa: Isa, plan: LinearPlan, n: int, k: int) -> str:
     density = 100 if plan.block is None else DENSITY
     workload = Workload("linear", n, k, isa.name, isa.operands, "raw", plan.family, plan.block, density=density)
     func = schedule(linear(workload, Raw())).with_attr("global_symbol", "main")
-    module = tvm.compile(tvm.IRModule({"main": func}), target=isa.target()).mod
+    module = tvm.compile(tvm.IRModule({"main": func}), target=isa.target(), tir_pipeline=PIPELINE).mod
     return str(module.inspect_source("asm"))
 
 

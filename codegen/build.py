@@ -9,6 +9,7 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
+from tilewright.codegen.lowering import PIPELINE
 from tilewright.errors import TilewrightError
 
 _CHECKS = {"vm.builtin.check_tensor_info", "vm.builtin.match_shape"}
@@ -35,7 +36,7 @@ def build(module: tvm.IRModule, target: Target, library: Path) -> None:
             relax.transform.AttachGlobalSymbol(),
         ]
     )
-    executable = relax.build(module, target, relax_pipeline=passes)
+    executable = relax.build(module, target, relax_pipeline=passes, tir_pipeline=PIPELINE)
     try:
         executable.export_library(str(library))
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.kernels.epilogue import Epilogue
 from tilewright.codegen.kernels.linear import linear
+from tilewright.codegen.lowering import PIPELINE
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.workload import FAMILY_LAYOUT, Family, Workload
 from tilewright.cpu import cpu_features
@@ -83,7 +84,7 @@ class Kernel:
     def __init__(self, func: tvm.tirx.PrimFunc, isa: str, rule: Rule = schedule) -> None:
         scheduled = rule(func).with_attr("global_symbol", "main")
         self.arguments = {param.name: (param.shape, str(param.dtype)) for param in scheduled.params}
-        self._module = tvm.compile(tvm.IRModule({"main": scheduled}), target=ISAS[isa].target()).mod
+        self._module = tvm.compile(tvm.IRModule({"main": scheduled}), target=ISAS[isa].target(), tir_pipeline=PIPELINE).mod
         self._run = self._module["main"]
 
     def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Sequence[int]]) -> dict[str, Array]:
