@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import BlockSparseMatrix
-from tilewright.codegen.kernels.linear import INDEX_BYTES, row_block
+from tilewright.codegen.kernels.linear import INDEX_BYTES, row_block, rows_at_once
 from tilewright.codegen.tiles import TILE
 from tilewright.codegen.workload import GROUP, PARTS, Workload
 from tilewright.errors import UnsupportedModel
@@ -23,23 +23,24 @@ _EPILOGUE = 8
 class PackedLinear:
     """The first arguments of a linear kernel after x: weight, and index, indptr and parts of a sparse one.
 
-    stored: weights inside kept blocks (padding not counted).
+    stored: weights inside kept blocks (padding not counted). rows: row-blocks that the kernel finishes together.
     """
 
     stored: int
     weight: Array
     index: Array | None = None
     indptr: NDArray[np.int32] | None = None
+    rows: int = 1
 
     @property
     def parts(self) -> NDArray[np.uint16] | None:
-        """u16[PARTS + 1]: the row-block each part of equal work begins with; parts of few row-blocks may be empty.
+        """u16[PARTS + 1]: the row-block (in units of `rows`) each part of equal work begins with; parts of few may be empty.
 
         Work is counted in entries, and a row-block's epilogue as _EPILOGUE more.
         """
         if self.indptr is None:
             return None
-        work = self.indptr + _EPILOGUE * np.arange(len(self.indptr))
+        work = (self.indptr + _EPILOGUE * np.arange(len(self.indptr)))[:: self.rows]
         wanted = np.arange(PARTS + 1) * work[-1] / PARTS
         middles: NDArray[np.float64] = (work[1:] + work[:-1]) / 2
         first: NDArray[np.intp] = np.searchsorted(middles, wanted)
@@ -89,7 +90,7 @@ def _pack_column(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
     bn, bk = matrix.block
     weight = matrix.data.reshape(-1, bn, bk // pack, pack).astype(workload.operands.weight)
     index, indptr = _index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr)
+    return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr, rows_at_once(workload))
 
 
 def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:

@@ -13,10 +13,10 @@ from tvm.sym import Analyzer
 from tilewright.codegen.workload import PARTS
 
 SPARSE_AXIS = "tilewright.sparse_axis"
-"""Loop annotation: this loop runs over the entries of a row-block."""
+"""Loop annotation, its value R the row-blocks that are finished together: this loop runs over the entries of a row-block."""
 
-ROW_BLOCK = "vnb"
-"""The axis of a kernel's blocks that numbers its row-blocks."""
+ROW_BLOCK, OUTPUT = "vnb", "vni"
+"""The axes of a kernel's blocks that number its row-blocks, or every R row-blocks, and the outputs within."""
 
 CHUNK_AXIS = "tilewright.chunk_axis"
 """Loop annotation, its value the number of chunks: this loop runs over the row-blocks of a chunk."""
@@ -25,15 +25,15 @@ CHUNK_AXIS = "tilewright.chunk_axis"
 def trim(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """Replace the extents of annotated loops of a sparse kernel, skip parallel loops that are empty, drop aliases.
 
-    A loop over entries gets indptr[nb + 1] - indptr[nb], where nb is what the blocks inside bind to ROW_BLOCK. A loop
-    over the row-blocks of chunk c of C gets those from parts[c * PARTS / C] up to the next chunk's first, which is
-    equal work instead of equal numbers. A dense kernel has neither array; its loops stay.
+    A loop over entries gets indptr[nb + 1] - indptr[nb], where nb is what the blocks inside bind to ROW_BLOCK, or to R times
+    ROW_BLOCK plus OUTPUT. A loop over the row-blocks of chunk c of C gets those from parts[c * PARTS / C] up to the next
+    chunk's first, which is equal work instead of equal numbers. A dense kernel has neither array; its loops stay.
     """
     params = {param.name: param for param in func.params}
     body = func.body
     if "indptr" in params:
         body = _map_loops(body, CHUNK_AXIS, lambda loop, chunks: _equal_work(loop, int(chunks), params["parts"]))
-        body = _map_loops(body, SPARSE_AXIS, lambda loop, _: _entries(loop, params["indptr"]))
+        body = _map_loops(body, SPARSE_AXIS, lambda loop, rows: _entries(loop, int(rows), params["indptr"]))
     body = tvm_ffi.structural_map(_without_aliases(body), [(tirx.For, _skip_if_empty)])
     return func.with_body(body)
 
@@ -48,8 +48,10 @@ def _map_loops(body: Any, annotation: str, rewrite: Callable[[Any, Any], Any]) -
     return tvm_ffi.structural_map(body, [(tirx.For, visit)])
 
 
-def _entries(loop: Any, indptr: Any) -> Any:
+def _entries(loop: Any, rows: int, indptr: Any) -> Any:
     row_block = _binding(loop.body, ROW_BLOCK)
+    if rows > 1:
+        row_block = row_block * rows + _binding(loop.body, OUTPUT)
     extent = tirx.BufferLoad(indptr, [row_block + 1]) - tirx.BufferLoad(indptr, [row_block])
     return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body)
 

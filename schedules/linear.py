@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.kernels.linear import row_block, token_tiles
+from tilewright.codegen.kernels.linear import row_block, rows_at_once, token_tiles
 from tilewright.codegen.kernels.nest import block_name
 from tilewright.codegen.kernels.tiles import tile_quads
 from tilewright.codegen.tiles import TILE_TASKS
@@ -48,7 +48,7 @@ def default_decisions(workload: Workload) -> LinearDecisions:
 
 def _divides(workload: Workload, chunks: int) -> bool:
     """Whether the row-blocks divide into `chunks`, and so do the parts of equal work of a sparse matrix."""
-    blocks = workload.n // row_block(workload)
+    blocks = workload.n // row_block(workload) // rows_at_once(workload)
     return blocks % chunks == 0 and (workload.block is None or PARTS % chunks == 0)
 
 
@@ -98,7 +98,9 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
     """A nest of the families whose lanes are tokens: column, and gather, which interleaves the rows of an entry first."""
     product, epilogue = (sch.get_sblock(block_name(name, tile)) for name in ("product", "epilogue"))
     q, nb, ni, j, t, e, *packs, _ = sch.get_loops(product)
-    sch.reorder(q, nb, e, *packs, ni, j, t)
+    rows = rows_at_once(workload)
+    outer, unrolled = ([ni], []) if rows > 1 else ([], [ni])  # row-blocks have entries of their own
+    sch.reorder(q, nb, *outer, e, *packs, *unrolled, j, t)
     inner = _outer(sch, q, nb, decisions.chunks)
     if workload.family == "gather":
         order = sch.get_sblock(block_name("order", tile))
@@ -109,13 +111,13 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
     _fuse_scatter(sch, tile, inner)
     if workload.family == "gather":
         sch.compute_at(sch.get_sblock(block_name("gather", tile)), e)
-    sch.annotate(e, SPARSE_AXIS, 1)
+    sch.annotate(e, SPARSE_AXIS, rows)
     init = sch.decompose_reduction(product, e)
     sch.tensorize(t, intrinsic(workload.isa, "tokens", workload.operands.activation).name)
-    for loop in (*packs, ni, j):
+    for loop in (*packs, *unrolled, j):
         sch.unroll(loop)
-    for block in (init, epilogue):
-        *others, lanes = sch.get_loops(block)[OUTER:]  # loops of one iteration are missing
+    for block, above in ((init, OUTER + len(outer)), (epilogue, OUTER)):
+        *others, lanes = sch.get_loops(block)[above:]  # loops of one iteration are missing
         for loop in others:
             sch.unroll(loop)
         sch.vectorize(lanes)

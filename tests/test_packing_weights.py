@@ -138,6 +138,16 @@ def test_parts_are_of_equal_work(counts: list[int]) -> None:
     assert (np.abs(work[packed.parts] - ideal) <= (max(counts) + 8) / 2 + 1e-6).all()
 
 
+def test_parts_of_single_outputs_count_packs() -> None:
+    """Kernels finish as many outputs together as make a pack, so no part may begin within one."""
+    weight = np.kron(np.arange(24)[:, None] > np.arange(8)[None, :], np.ones((1, 4))).astype(np.int8)
+    packed = pack_linear(workload("column", (1, 4), *weight.shape, INT8_QUADS), weight)
+    assert len(packed.indptr) == 25
+    assert (packed.parts[0], packed.parts[-1]) == (0, 6)
+    uneven = pack_linear(workload("column", (1, 4), 3, 32, INT8_QUADS), weight[:3])  # three outputs make no pack
+    assert uneven.parts[-1] == 3
+
+
 def test_more_row_blocks_than_parts_can_name_are_refused() -> None:
     weight = np.zeros((2**16, 4), np.int8)
     with pytest.raises(UnsupportedModel, match="linear 65536x4: 65536 row-blocks are more than 16 bits count"):

@@ -31,6 +31,15 @@ def row_block(workload: Workload) -> int:
     return next(width for width in workload.operands.row_blocks if workload.n % width == 0)
 
 
+def rows_at_once(workload: Workload) -> int:
+    """Row-blocks whose outputs a kernel finishes together.
+
+    As many as make a pack, where they are single outputs, so that an epilogue can store the channels of a pack together.
+    """
+    single = workload.family == "column" and row_block(workload) == 1
+    return workload.operands.pack if single and workload.n % workload.operands.pack == 0 else 1
+
+
 INDEX_BYTES = 8
 """A gathered row's index is its offset in units of this many bytes: the largest scale an x86 address can apply for free."""
 
@@ -39,12 +48,12 @@ def token_tiles(workload: Workload) -> tuple[int, ...]:
     """Token groups of a register tile in each of the kernel's loop nests, widest first; the last is always 1.
 
     A nest takes as many whole tiles as there are, the next one what is left over. Wider tiles use a weight (column) or a
-    gathered row (gather) for more tokens.
+    gathered row (gather) for more tokens. Eight groups of (1, 4) blocks would be read from the L2 cache.
     """
     if workload.family == "gather":
         return workload.operands.tiles
-    most = workload.operands.accumulators // row_block(workload) if workload.family == "column" else 1
-    return (*(tile for tile in (8, 4) if tile <= most), 1)
+    fits = workload.family == "column" and 4 * row_block(workload) <= workload.operands.accumulators
+    return (4, 2, 1) if fits else (1,)
 
 
 def _nests(workload: Workload, groups: Expr) -> Iterator[tuple[int, Expr, Expr]]:
@@ -76,7 +85,7 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
         assert workload.family is not None
         groups = tirx.Var("G", "int32")
         lanes = FAMILY_LANES[workload.family]
-        operands, width = workload.operands, row_block(workload)
+        operands, width = workload.operands, row_block(workload) * rows_at_once(workload)
         x = arg("x", shape(FAMILY_LAYOUT[workload.family], groups, workload.k, operands.pack), operands.activation)
         weights = _WEIGHTS[workload.family](workload)
         fold = arg("fold", [workload.n], "int32")
@@ -213,12 +222,13 @@ def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
     """acc[q, nb, ni, j, t]: tokens stand packed, so a block's inputs are vectors."""
     assert workload.block is not None
     pack, inner = workload.operands.pack, workload.block[1]
-    packs, acc = inner // pack, _accumulators(nest)
+    packs, rows, acc = inner // pack, rows_at_once(workload), _accumulators(nest)
     reduced = {"e": workload.k // inner, "kp": packs, "ki": pack}
     with stage(nest.block("product"), nest.axes, reduced) as (q, nb, ni, j, t, e, kp, ki):
-        entry = weights.entry(nb, e)
+        row, n = (nb, ni) if rows == 1 else (nb * rows + ni, 0)
+        entry = weights.entry(row, e)
         left = x[nest.group({"q": q, "j": j}), T.cast(weights.index[entry], "int32") * packs + kp, t, ki]
-        _multiply_add(acc, [q, nb, ni, j, t], left, weights.weight[entry, ni, kp, ki])
+        _multiply_add(acc, [q, nb, ni, j, t], left, weights.weight[entry, n, kp, ki])
     return _in_order(nest, acc)
 
 
