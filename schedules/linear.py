@@ -102,7 +102,7 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
     outer, unrolled = ([ni], []) if rows > 1 else ([], [ni])  # row-blocks have entries of their own
     sch.reorder(q, nb, *outer, e, *packs, *unrolled, j, t)
     inner = _outer(sch, q, nb, decisions.chunks)
-    if workload.family == "gather":
+    if has_block(sch, block_name("order", tile)):
         order = sch.get_sblock(block_name("order", tile))
         sch.reverse_compute_at(order, inner)
         for loop in sch.get_loops(order)[OUTER:]:

@@ -24,6 +24,7 @@ from tilewright.codegen.kernels.common import (
     stage,
     store,
 )
+from tilewright.codegen.kernels.interleave import bytes_in_order
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.kernels.nest import Nest, Value
 from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
@@ -154,6 +155,25 @@ def _scatter(nest: Nest, lanes: Layout, small: Any, into: Outputs, put: Put, pac
                 put(into, n, g, 0, rows[0], rows, tirx.Ramp(n % pack, pack, GROUP))
 
 
+def orders_bytes(epilogue: Epilogue) -> bool:
+    """Whether the epilogue takes the accumulators of a `mixed` nest: bytes are put in order with a quarter of the shuffles."""
+    return isinstance(epilogue, Activate) and epilogue.consumer == "columns"
+
+
+def _scatter_tile(nest: Nest, small: Any, into: Any) -> None:
+    """The stage `scatter` of a mixed nest: small s32, 0 to 255, goes to the rows of bytes of a tile of columns."""
+    width, tile, axes = nest.axes["ni"], nest.tile, nest.axes
+    with stage(nest.block("scatter"), {"q": axes["q"], "nb": axes["nb"], "i": 1, "j": 1, "t": 1}) as (q, nb, i, j, t):
+        g = nest.group({"q": q})
+        mixed = slice(j * tile, j * tile + tile), slice(t * GROUP, t * GROUP + GROUP)
+        T.reads(small[(q, nb, slice(i * width, i * width + width), *mixed)])
+        T.writes(into[(slice(g, g + tile), *(slice(0, extent) for extent in into.shape[1:]))])
+        for n in range(width):
+            vectors = [small.vload([q, nb, n, part, 0], f"int32x{GROUP}") for part in range(tile)]
+            row = tirx.Ramp((nb * width + n) * tile * GROUP, 1, tile * GROUP)
+            store(into, bytes_in_order(vectors), [g, 0, row])
+
+
 def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
     """`packed` s8 as the keys' dtype: adding 128 to a byte flips its highest bit."""
     if not operands.key_offset:
@@ -174,13 +194,16 @@ def _activate(workload: Workload, epilogue: Activate, groups: Expr, lanes: Layou
 
     def emit(nest: Nest, value: Value) -> None:
         activated = nest.written(out)
-        scatters = consumer == "packed" and nest.axes["ni"] % pack == 0
-        small = scratch(nest.block("small"), list(nest.axes.values()), stored) if scatters else activated
+        scatters = nest.mixed or (consumer == "packed" and nest.axes["ni"] % pack == 0)
+        dtype = "int32" if nest.mixed else stored
+        small = scratch(nest.block("small"), list(nest.axes.values()), dtype) if scatters else activated
         with nest.epilogue() as (variables, axis):
             real = ACTIVATIONS[epilogue.activation](value(axis)) * quant[0]
             place = activation_at(consumer, operands, groups, nest.group(axis), axis["t"], nest.output(axis))
-            store(small, quantize(real, 0, 255, stored, quant[1]), variables if scatters else place)
-        if scatters:
+            store(small, quantize(real, 0, 255, dtype, quant[1]), variables if scatters else place)
+        if nest.mixed:
+            _scatter_tile(nest, small, activated)
+        elif scatters:
             _scatter(nest, lanes, small, (activated,), put, pack)
 
     yield emit

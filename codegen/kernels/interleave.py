@@ -40,6 +40,19 @@ def in_order(sums: list[Expr], pack: int, tile: int) -> list[Expr]:
     return [tirx.Shuffle(sums, lanes[first : first + GROUP]) for first in range(0, tile * GROUP, GROUP)]
 
 
+def bytes_in_order(vectors: list[Expr]) -> Expr:
+    """Rows of four groups in the order of tokens, as one vector of u8, from four vectors of s32 in 0..255.
+
+    They stand as `interleave` leaves those of a tile of four at a pack of four. A dword takes a byte of each vector; within
+    128 bits, bytes and dwords then change places.
+    """
+    word = vectors[0]
+    for number, vector in enumerate(vectors[1:], 1):
+        word = tirx.bitwise_or(word, tirx.shift_left(vector, tirx.Broadcast(tirx.const(8 * number, "int32"), GROUP)))
+    order = [16 * group + 4 * lane + vector for group in range(4) for vector in range(4) for lane in range(4)]
+    return tirx.Shuffle([tirx.reinterpret(f"uint8x{4 * GROUP}", word)], order)
+
+
 def _quads(*numbers: int) -> list[int]:
     return [4 * number + lane for number in numbers for lane in range(4)]
 

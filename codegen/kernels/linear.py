@@ -16,7 +16,7 @@ from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
-from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Raw
+from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Raw, orders_bytes
 from tilewright.codegen.kernels.interleave import in_order, interleave
 from tilewright.codegen.kernels.nest import Nest, Value
 from tilewright.codegen.kernels.tiles import product_tiles
@@ -95,7 +95,8 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
             for tile, first, count in _nests(workload, groups):
                 extents = {"q": count, "t": GROUP, "nb": workload.n // width, "ni": width, "j": tile}
                 order = ("q", "t", "nb", "ni") if lanes == "rows" else ("q", "nb", "ni", "j", "t")
-                nest = Nest(tile, first, count, {name: extents[name] for name in order})
+                mixed = workload.family == "gather" and tile == operands.pack == 4 and orders_bytes(epilogue)
+                nest = Nest(tile, first, count, {name: extents[name] for name in order}, mixed)
                 sums = _PRODUCTS[workload.family](workload, nest, x, weights)
 
                 def integer(axis: dict[str, Expr], nest: Nest = nest, sums: Value = sums) -> Expr:
@@ -208,6 +209,8 @@ def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
     with stage(nest.block("product"), axes, {"e": entries, "ki": pack}) as (q, nb, ni, j, t, e, ki):
         _multiply_add(acc, [q, nb, ni, j, t], gathered[q, nb, e, j, t, ki], weights.weight[weights.entry(nb, e), ni, ki])
 
+    if nest.mixed:
+        return _in_order(nest, acc)
     ordered = _accumulators(nest, "ordered")
     with stage(nest.block("order"), {"q": axes["q"], "nb": axes["nb"], "ni": axes["ni"], "j": 1, "t": 1}) as (q, nb, ni, j, t):
         T.reads(acc[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])

@@ -18,13 +18,15 @@ class Nest:
     """One loop nest of a linear kernel: `count` tiles of `tile` token groups each, from group `first` on.
 
     axes: extents of the accumulators' axes, in their order. q is the tile and j (absent where tiles are single groups by
-    nature) the group within; t is the token, and ni the output within row-block nb.
+    nature) the group within; t is the token, and ni the output within row-block nb. Where the nest is `mixed`, j and t are
+    vector and lane as `interleave` fills them, and the epilogue has to put its bytes in order.
     """
 
     tile: int
     first: Expr
     count: Expr
     axes: dict[str, Expr]
+    mixed: bool = False
 
     def block(self, name: str) -> str:
         """`name` as the nest's blocks are called."""
