@@ -15,6 +15,7 @@ from tests.kernel_harness import (
     FEW_EXAMPLES,
     LEVELS,
     Array,
+    Case,
     LinearKernel,
     assert_u8,
     from_groups,
@@ -32,6 +33,8 @@ from tilewright.schedules.isa import ISAS
 
 STREAMS = ("rows", "columns")
 CONSUMERS = ("rows", "columns", "packed")
+SINGLE: Case = ("column", (1, 4))
+"""Single outputs, which are finished a pack at a time."""
 TOKENS = st.one_of(st.sampled_from([1, 16, 17]), st.integers(1, 100))
 SEEDS = st.integers(0, 2**32 - 1)
 K = 64
@@ -54,7 +57,7 @@ def draw(kernel: LinearKernel, seed: int, tokens: int, size: float) -> tuple[dic
     return kernel.arrays(x, weight, fold=fold, scale=scale, bias=bias), real, random
 
 
-@pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case) for isa in ISAS for case in FAMILIES])
+@pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case) for isa in ISAS for case in (*FAMILIES, SINGLE)])
 @FEW_EXAMPLES
 @given(tokens=TOKENS, seed=SEEDS, size=st.sampled_from([0.4, 30.0, 300.0]))
 def test_qkv(isa: str, family, block, tokens: int, seed: int, size: float) -> None:
@@ -80,10 +83,11 @@ def activation(name: str, x: Array) -> Array:
     return torch.nn.functional.gelu(tensor, approximate="tanh" if name == "gelu_tanh" else "none").numpy()
 
 
-ACTIVATE = list(combinations(("gelu", "gelu_tanh", "relu"), CONSUMERS))
+ACTIVATE = spread(list(combinations(("gelu", "gelu_tanh", "relu"), CONSUMERS)), families=True)
+ACTIVATE += [level(isa, *SINGLE, "relu", "packed") for isa in ISAS]
 
 
-@pytest.mark.parametrize(("isa", "family", "block", "name", "consumer"), spread(ACTIVATE, families=True))
+@pytest.mark.parametrize(("isa", "family", "block", "name", "consumer"), ACTIVATE)
 @FEW_EXAMPLES
 @given(tokens=TOKENS, seed=SEEDS, size=st.sampled_from([0.1, 1.0, 4.0, 1e4]))
 def test_activate(isa: str, family, block, name: str, consumer, tokens: int, seed: int, size: float) -> None:
