@@ -10,6 +10,9 @@ after division by the sum would leave long sequences with a handful of distinct 
 
 from __future__ import annotations
 
+import math
+from functools import reduce
+from operator import xor
 from typing import Any
 
 import tvm
@@ -17,7 +20,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from tilewright.codegen.kernels.common import activation_at, interleaved, quantize, shape
-from tilewright.codegen.kernels.math import exp, round_to_int
+from tilewright.codegen.kernels.math import ROUNDED_ABOVE, exp2, rounded_bits
 from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
 
 LOWEST = -(2**31)
@@ -37,16 +40,34 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
     Arguments: query, key [G, H / pack, 16, pack] and value [G, H, 16] as the Qkv epilogue writes them, offsets
     i32[B + 1], quant f32[3] = (query scale * key scale / sqrt(k), value scale / context scale, context zero point);
     output: context u8 in the layout `consumer`, 0 in lanes of no sequence.
-    Blocks `score` and `context` are dot products [16, pack] x [pack] -> s32[16] for tensorize.
+    Blocks `score`, `total` and `context` are dot products [16, pack] x [pack] -> s32[16] for tensorize.
     """
     heads, channels, operands = workload.n, workload.k, workload.operands
     pack, hidden, stored = operands.pack, workload.n * workload.k, operands.activation
     rows = channels // pack
     size = _tile(workload)
     positions = -(-max_positions // size) * size + size
+    shifts = range(0, 32, 32 // pack)  # of each weight in the word of a pack
+    above = reduce(xor, (ROUNDED_ABOVE << shift & 0xFFFFFFFF for shift in shifts))
 
-    def probability(difference: Any, scale: Any) -> Any:
-        return round_to_int(exp(T.cast(difference, "float32") * scale) * T.float32(255.0))
+    def weight(difference: Any, scale: Any) -> Any:
+        """255 e**(difference * scale), rounded, in the low bits; as a power of two, below 1/2 all are alike."""
+        power = T.cast(difference, "float32") * (scale * T.float32(math.log2(math.e))) + T.float32(math.log2(255))
+        return rounded_bits(exp2(T.max(power, T.float32(-8.0))))
+
+    def weight_word(scores: Any, first: Any, largest: Any, query: Any, scale: Any, *edge: Any) -> Any:
+        """Weights of the `pack` keys from `first` on, of one query in one word.
+
+        edge: (token of the first key, start, end) of the sequence, if not all of them are its own; others weigh 0.
+        """
+        weights = [weight(scores[first + p, query] - largest[query], scale) for p in range(pack)]
+        if edge:
+            token, *ends = edge
+            weights = [T.Select(own(token + p, *ends), each, ROUNDED_ABOVE) for p, each in enumerate(weights)]
+        return reduce(tirx.bitwise_xor, (each << shift for each, shift in zip(weights, shifts, strict=True)), T.int32(above))
+
+    def weight_vector(words: Any) -> Any:
+        return tirx.reinterpret(f"{stored}x{GROUP * pack}", words.vload([0], f"int32x{GROUP}"))
 
     def place(groups: Any, group: Any, token: Any, channel: Any) -> Any:
         return activation_at(consumer, operands, groups, group, token, channel)
@@ -54,15 +75,14 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
     def own(token: Any, start: Any, end: Any) -> Any:
         return T.And(token >= start, token < end)
 
-    def weight_rows(tile: Any) -> Any:
-        return interleaved([tirx.Cast(f"{stored}x{GROUP}", tile.vload([p, 0], f"int32x{GROUP}")) for p in range(pack)])
+    def whole(token: Any, count: int, start: Any, end: Any) -> Any:
+        return T.And(token >= start, token + count <= end)
 
     def channel_rows(mixed: Any, channel: Any) -> Any:
         return interleaved([mixed.vload([channel + p, 0], f"{stored}x{GROUP}") for p in range(pack)])
 
-    def output(accumulator: Any, weight_sum: Any, scale: Any, zero_point: Any) -> Any:
-        real = T.cast(accumulator, "float32") * scale / T.cast(weight_sum, "float32")
-        return quantize(real, 0, 255, stored, zero_point)
+    def output(accumulator: Any, scale: Any, zero_point: Any) -> Any:
+        return quantize(T.cast(accumulator, "float32") * scale, 0, 255, stored, zero_point)
 
     @T.prim_func(s_tir=True)
     def attention(
@@ -90,9 +110,14 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                 weights = T.sblock_alloc_buffer((positions // pack, GROUP, pack), stored)
                 tile = T.sblock_alloc_buffer((size, GROUP), "int32")
                 largest = T.sblock_alloc_buffer((GROUP,), "int32")
+                word = T.sblock_alloc_buffer((GROUP,), "int32")
+                ones = T.sblock_alloc_buffer((pack,), operands.attention)
                 total = T.sblock_alloc_buffer((GROUP,), "int32")
+                ratio = T.sblock_alloc_buffer((GROUP,), "float32")
                 mixed = T.sblock_alloc_buffer((channels, GROUP), stored)
                 packed = T.sblock_alloc_buffer((GROUP, pack), stored)
+                for p in T.unroll(pack):
+                    ones[p] = T.cast(1, operands.attention)
                 for c in T.serial(channels):
                     for i in T.vectorized(GROUP):
                         mixed[c, i] = T.cast(0, stored)
@@ -130,51 +155,74 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                             for j in T.unroll(size):
                                 for i in T.vectorized(GROUP):
                                     scores[block * size + j, i] = tile[j, i]
-                                    largest[i] = T.max(
-                                        largest[i], T.Select(own(first + block * size + j, start, end), tile[j, i], LOWEST)
-                                    )
+                            if whole(first + block * size, size, start, end):
+                                for j in T.unroll(size):
+                                    for i in T.vectorized(GROUP):
+                                        largest[i] = T.max(largest[i], tile[j, i])
+                            else:
+                                for j in T.unroll(size):
+                                    for i in T.vectorized(GROUP):
+                                        largest[i] = T.max(
+                                            largest[i], T.Select(own(first + block * size + j, start, end), tile[j, i], LOWEST)
+                                        )
                         # weights, zero for keys of other sequences so that whole packs can be multiplied
                         for i in T.vectorized(GROUP):
                             total[i] = 0
                         for block in T.serial(T.ceildiv(end - first, pack)):
-                            for p in T.unroll(pack):
+                            if whole(first + block * pack, pack, start, end):
                                 for i in T.vectorized(GROUP):
-                                    tile[p, i] = T.Select(
-                                        own(first + block * pack + p, start, end),
-                                        probability(scores[block * pack + p, i] - largest[i], quant[0]),
-                                        0,
+                                    word[i] = weight_word(scores, block * pack, largest, i, quant[0])
+                            else:
+                                for i in T.vectorized(GROUP):
+                                    word[i] = weight_word(
+                                        scores, block * pack, largest, i, quant[0], first + block * pack, start, end
                                     )
-                                for i in T.vectorized(GROUP):
-                                    total[i] = total[i] + tile[p, i]
-                            weights[block, 0, T.ramp(0, 1, GROUP * pack)] = weight_rows(tile)
+                            weights[block, 0, T.ramp(0, 1, GROUP * pack)] = weight_vector(word)
+                            with T.sblock("total"):
+                                pair = T.axis.reduce(positions // pack, block)
+                                T.reads(total[0:GROUP], weights[pair, 0:GROUP, 0:pack], ones[0:pack])
+                                T.writes(total[0:GROUP])
+                                for i, p in T.grid(GROUP, pack):
+                                    with T.sblock("total_dot"):
+                                        vi, vp = T.axis.remap("SR", [i, p])
+                                        total[vi] = total[vi] + T.cast(weights[pair, vi, vp], "int32") * T.cast(
+                                            ones[vp], "int32"
+                                        )
+                        for i in T.vectorized(GROUP):
+                            ratio[i] = quant[1] / T.cast(total[i], "float32")
                         for block in T.serial(channels // size):
                             for c in T.unroll(size):
                                 for i in T.vectorized(GROUP):
                                     tile[c, i] = 0
-                            for j in T.serial(T.ceildiv(end - first, pack)):
-                                for c in T.unroll(size):
-                                    with T.sblock("context"):
-                                        vc = T.axis.spatial(size, c)
-                                        channel = T.axis.spatial(hidden, head * channels + block * size + c)
-                                        pair = T.axis.reduce(positions // pack, j)
-                                        token = T.axis.reduce(groups * GROUP, first + j * pack)
-                                        T.reads(
-                                            tile[vc, 0:GROUP],
-                                            weights[pair, 0:GROUP, 0:pack],
-                                            value[token // GROUP, channel, token % GROUP : token % GROUP + pack],
-                                        )
-                                        T.writes(tile[vc, 0:GROUP])
-                                        for i, p in T.grid(GROUP, pack):
-                                            with T.sblock("context_dot"):
-                                                vi, vp = T.axis.remap("SR", [i, p])
-                                                tile[vc, vi] = tile[vc, vi] + T.cast(weights[pair, vi, vp], "int32") * T.cast(
-                                                    value[token // GROUP, channel, token % GROUP + vp], "int32"
-                                                )
+                            # group by group, within which addresses are a constant stride apart
+                            for k in T.serial(T.ceildiv(end, GROUP) - first // GROUP):
+                                origin: T.let = first // GROUP * GROUP + k * GROUP
+                                skipped: T.let = T.max(first - origin, 0) // pack
+                                for j in T.serial(T.ceildiv(T.min(end - origin, GROUP), pack) - skipped):
+                                    for c in T.unroll(size):
+                                        with T.sblock("context"):
+                                            vc = T.axis.spatial(size, c)
+                                            channel = T.axis.spatial(hidden, head * channels + block * size + c)
+                                            pair = T.axis.reduce(positions // pack, (origin - first) // pack + skipped + j)
+                                            part = T.axis.reduce(GROUP // pack, skipped + j)
+                                            keys = T.axis.reduce(groups, first // GROUP + k)
+                                            T.reads(
+                                                tile[vc, 0:GROUP],
+                                                weights[pair, 0:GROUP, 0:pack],
+                                                value[keys, channel, part * pack : part * pack + pack],
+                                            )
+                                            T.writes(tile[vc, 0:GROUP])
+                                            for i, p in T.grid(GROUP, pack):
+                                                with T.sblock("context_dot"):
+                                                    vi, vp = T.axis.remap("SR", [i, p])
+                                                    tile[vc, vi] = tile[vc, vi] + T.cast(
+                                                        weights[pair, vi, vp], "int32"
+                                                    ) * T.cast(value[keys, channel, part * pack + vp], "int32")
                             for c in T.unroll(size):
                                 for i in T.vectorized(GROUP):
                                     mixed[block * size + c, i] = T.Select(
                                         own(group * GROUP + i, start, end),
-                                        output(tile[c, i], total[i], quant[1], quant[2]),
+                                        output(tile[c, i], ratio[i], quant[2]),
                                         mixed[block * size + c, i],
                                     )
                 if consumer == "columns":
