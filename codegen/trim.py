@@ -78,7 +78,7 @@ def _without_aliases(body: Any) -> Any:
     aliases: list[Any] = []
 
     def drop(declaration: Any) -> Any:
-        aliases.append((declaration.buffer, declaration.data.args[0]))
+        aliases.append((declaration.buffer, original(declaration.data.args[0])))
         return tirx.Evaluate(0)
 
     def original(variable: Any) -> Any:

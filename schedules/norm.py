@@ -10,14 +10,17 @@ VECTOR = 16
 """float32 lanes of one TIR vector; LLVM splits it for narrower registers, so one schedule serves every level."""
 
 
+CHAINS = 4
+"""Partial sums of a token where lanes are tokens: one chain of additions would wait for each to finish."""
+
+
 def schedule_norm(sch: Schedule, layout: Layout) -> None:
     """Fuse the stages total, spread, inverse, norm and pack, if there is one, into one parallel loop over token groups.
 
-    Vector lanes lie along the contiguous axis of `layout`: tokens, or channels with one partial sum per lane.
+    Vector lanes lie along the contiguous axis of `layout`: tokens, with CHAINS partial sums each, or channels with one
+    partial sum per lane.
     """
-    sums = ["total", "spread"]
-    if layout == "rows":
-        sums = [name for stage in sums for name in (_partial_sums(sch, stage), stage)]
+    sums = [name for stage in ("total", "spread") for name in (_partial_sums(sch, stage, layout), stage)]
     group, token, channel = sch.get_loops(sch.get_sblock("norm"))
     for name in reversed([*sums, "inverse"]):
         sch.compute_at(sch.get_sblock(name), group)
@@ -34,11 +37,11 @@ def schedule_norm(sch: Schedule, layout: Layout) -> None:
         sch.vectorize(sch.split(channel, [None, vector_lanes(sch, channel)])[1])
 
 
-def _partial_sums(sch: Schedule, name: str) -> str:
-    """Split the sum `name` over channels into one partial sum per lane and the sum of those; the partial block's name."""
+def _partial_sums(sch: Schedule, name: str, layout: Layout) -> str:
+    """Split the sum `name` over channels into partial sums and the sum of those; the partial block's name."""
     channel = sch.get_loops(sch.get_sblock(name))[-1]
-    lane = sch.split(channel, [None, vector_lanes(sch, channel)])[1]
-    partial = sch.rfactor(lane, factor_axis=2)
+    count = CHAINS if layout == "columns" else vector_lanes(sch, channel)
+    partial = sch.rfactor(sch.split(channel, [None, count])[1], factor_axis=1 if layout == "columns" else 2)
     return str(sch.get(partial).name_hint)
 
 
@@ -55,14 +58,17 @@ def vector_lanes(sch: Schedule, channel: object) -> int:
 
 def _schedule_sum(sch: Schedule, name: str, layout: Layout) -> None:
     block = sch.get_sblock(name)
-    _, first, *rest = sch.get_loops(block)
-    if layout == "columns":
-        lanes, (channel,) = first, rest
-    elif len(rest) == 2:  # a block of partial sums: loops lane, token, channel
-        lanes, (token, channel) = first, rest
-        sch.reorder(token, channel)
+    _, *loops = sch.get_loops(block)
+    if len(loops) == 3:  # partial sums
+        part, token, channel = loops
+        order = [channel, part, token] if layout == "columns" else [token, channel, part]
+    elif layout == "columns":
+        order = loops
     else:  # the sum of the partial sums is too short to be worth a vector
         return
-    sch.reorder(channel, lanes)
-    sch.vectorize(lanes)
+    sch.reorder(*order)
+    for loop in order[1:-1] if layout == "columns" else ():
+        sch.unroll(loop)
+    sch.vectorize(order[-1])
+    channel = order[0] if layout == "columns" else order[1]
     sch.vectorize(sch.get_loops(sch.decompose_reduction(block, channel))[-1])

@@ -6,8 +6,8 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, at, prim_func, scratch, shape, stage, store
-from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
+from tilewright.codegen.kernels.common import GROUP, Expr, alias, arg, at, prim_func, stage, store
+from tilewright.codegen.kernels.norm import Norm, before_norm, norm_args, norm_outputs, norm_stages
 from tilewright.codegen.workload import Workload
 
 
@@ -30,7 +30,7 @@ def embedding(workload: Workload, norm: Norm, positions: int, token_types: int, 
         tables = [arg(name, [sizes[name], hidden], "float32") for name in names[1:]]
         args = norm_args(hidden)
         outputs = norm_outputs(groups, hidden, norm, workload.operands)
-        pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
+        pre = before_norm(groups, hidden, norm, outputs)
         with stage("embed", {"g": groups, "t": GROUP, "c": hidden}) as (g, t, c):
             total: Expr = word[ids[0][g, t], c]
             if grid is not None:
@@ -38,6 +38,6 @@ def embedding(workload: Workload, norm: Norm, positions: int, token_types: int, 
             for table, index in zip(tables, ids[1:], strict=True):
                 total = total + table[index[g, t], c]
             store(pre, total, at(norm.residual, g, t, c))
-        norm_stages(pre, groups, hidden, norm, workload.operands, args, outputs)
+        norm_stages(alias(pre), groups, hidden, norm, workload.operands, args, outputs)
 
     return prim_func(workload, body)

@@ -27,7 +27,7 @@ from tilewright.codegen.kernels.common import (
 from tilewright.codegen.kernels.interleave import bytes_in_order
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.kernels.nest import Nest, Value
-from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
+from tilewright.codegen.kernels.norm import Norm, before_norm, norm_args, norm_outputs, norm_stages
 from tilewright.codegen.workload import Layout, Operands, Workload
 
 
@@ -215,7 +215,7 @@ def _add_norm(workload: Workload, epilogue: AddNorm, groups: Expr, _: Layout) ->
     residual = arg("residual", shape(norm.residual, groups, hidden), "float32")
     args = norm_args(hidden)
     outputs = norm_outputs(groups, hidden, norm, workload.operands)
-    pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
+    pre = before_norm(groups, hidden, norm, outputs)
 
     def emit(nest: Nest, value: Value) -> None:
         sums = nest.written(pre)

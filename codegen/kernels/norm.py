@@ -12,6 +12,7 @@ from tilewright.codegen.kernels.common import (
     GROUP,
     Expr,
     activation_at,
+    alias,
     arg,
     at,
     interleaved,
@@ -50,6 +51,15 @@ def norm_outputs(groups: Expr, hidden: int, norm: Norm, operands: Operands) -> t
     return stream, arg("quantized", shape(norm.consumer, groups, hidden, operands.pack), operands.activation)
 
 
+def before_norm(groups: Expr, hidden: int, norm: Norm, outputs: tuple[Any, Any]) -> Any:
+    """What is to be normalised, f32: the stream, which is then normalised in place, or scratch if that has another layout.
+
+    In place, half as much memory takes part, and what is left of it stays in the L2 cache.
+    """
+    stream, _ = outputs
+    return alias(stream) if norm.stream == norm.residual else scratch("pre", shape(norm.residual, groups, hidden), "float32")
+
+
 def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Operands, args: Any, outputs: Any) -> None:
     """Blocks total, spread, inverse, norm (and pack, for a consumer of that layout) over pre f32 in the residual layout.
 
@@ -79,11 +89,11 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Opera
     small = scratch("small", shape(norm.residual, groups, hidden), operands.activation) if packs else quantized
     with stage("norm", {**tokens, "c": hidden}) as (g, t, c):
         real = centered(g, t, c) * inverse[g, t] * gamma[c] + beta[c]
-        store(stream, real, at(norm.stream, g, t, c))
         if norm.consumer is not None:
             value_u8 = quantize(real * quant[0], 0, 255, operands.activation, quant[1])
             place = at(norm.residual, g, t, c) if packs else activation_at(norm.consumer, operands, groups, g, t, c)
             store(small, value_u8, place)
+        store(stream, real, at(norm.stream, g, t, c))
     if packs and norm.residual == "columns":
         # the unit axis carries the region read, which reverse_compute_at has to find in terms of axes
         with stage("pack", {"g": groups, "c": hidden // pack, "t": 1}) as (g, c, t):
