@@ -7,18 +7,16 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from tilewright.codegen.workload import Workload
-from tilewright.schedules.norm import schedule_norm, vector_lanes
+from tilewright.schedules.norm import schedule_norm
 
 TOKENS = 4
 """Tokens whose float32 accumulators are live together in a head's projection."""
 
 
 def schedule_embedding(sch: Schedule, workload: Workload) -> None:
-    """One parallel loop over groups for the lookup, vectorised along channels, and one for the LayerNorm."""
-    group, _, channel = sch.get_loops(sch.get_sblock("embed"))
-    sch.parallel(group)
-    sch.vectorize(sch.split(channel, [None, vector_lanes(sch, channel)])[1])
+    """One parallel loop over groups: the lookup, whose vectors are the kernel's own, and the LayerNorm."""
     schedule_norm(sch, workload.residual or "rows")
+    sch.compute_at(sch.get_sblock("embed"), sch.get_loops(sch.get_sblock("norm"))[0])
 
 
 def schedule_token_head(sch: Schedule, _: Workload) -> None:

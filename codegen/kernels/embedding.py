@@ -6,8 +6,9 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, alias, arg, at, prim_func, stage, store
-from tilewright.codegen.kernels.norm import Norm, before_norm, norm_args, norm_outputs, norm_stages
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
+from tilewright.codegen.kernels.interleave import transposed
+from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
 from tilewright.codegen.workload import Workload
 
 
@@ -30,14 +31,30 @@ def embedding(workload: Workload, norm: Norm, positions: int, token_types: int, 
         tables = [arg(name, [sizes[name], hidden], "float32") for name in names[1:]]
         args = norm_args(hidden)
         outputs = norm_outputs(groups, hidden, norm, workload.operands)
-        pre = before_norm(groups, hidden, norm, outputs)
-        with stage("embed", {"g": groups, "t": GROUP, "c": hidden}) as (g, t, c):
-            total: Expr = word[ids[0][g, t], c]
-            if grid is not None:
-                total = (T.cast(total, "float32") - grid[1]) * grid[0]
-            for table, index in zip(tables, ids[1:], strict=True):
-                total = total + table[index[g, t], c]
-            store(pre, total, at(norm.residual, g, t, c))
-        norm_stages(alias(pre), groups, hidden, norm, workload.operands, args, outputs)
+        pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
+        # squares of GROUP tokens by GROUP channels: tables hold a token's channels together, the stream may hold tokens so;
+        # the unit axis carries the written region, which compute_at has to find in terms of axes
+        with stage("embed", {"g": groups, "c": hidden // GROUP, "t": 1}) as (g, c, unit):
+            channels, group = (slice(axis * GROUP, axis * GROUP + GROUP) for axis in (c, unit))
+            sources = [word, *tables, *([grid] if grid is not None else [])]
+            T.reads(
+                *(index[g, 0:GROUP] for index in ids), *(table[tuple(slice(0, n) for n in table.shape)] for table in sources)
+            )
+            T.writes(pre[(g, group, channels) if norm.residual == "rows" else (g, channels, group)])
+            tokens = []
+            for t in range(GROUP):
+                total: Expr = word.vload([ids[0][g, t], c * GROUP], f"{word.dtype}x{GROUP}")
+                if grid is not None:
+                    total = (tirx.Cast(f"float32x{GROUP}", total) - tirx.Broadcast(grid[1], GROUP)) * tirx.Broadcast(
+                        grid[0], GROUP
+                    )
+                for table, index in zip(tables, ids[1:], strict=True):
+                    total = total + table.vload([index[g, t], c * GROUP], f"float32x{GROUP}")
+                tokens.append(total)
+            lines = tokens if norm.residual == "rows" else transposed(tokens)
+            for i, line in enumerate(lines):
+                place = [g, i, c * GROUP] if norm.residual == "rows" else [g, c * GROUP + i, 0]
+                store(pre, line, [*place[:-1], tirx.Ramp(place[-1], 1, GROUP)])
+        norm_stages(pre, groups, hidden, norm, workload.operands, args, outputs)
 
     return prim_func(workload, body)

@@ -53,6 +53,16 @@ def bytes_in_order(vectors: list[Expr]) -> Expr:
     return tirx.Shuffle([tirx.reinterpret(f"uint8x{4 * GROUP}", word)], order)
 
 
+def transposed(rows: list[Expr]) -> list[Expr]:
+    """A square of elements, given as rows, as columns: whoever pairs element i of rows r and r + n / 2 does so log n times."""
+    size = len(rows)
+    zipped = [source * size + i for i in range(size) for source in (0, 1)]
+    for _ in range(size.bit_length() - 1):
+        pairs = [(rows[i], rows[i + size // 2]) for i in range(size // 2)]
+        rows = [tirx.Shuffle(list(pair), order) for pair in pairs for order in (zipped[:size], zipped[size:])]
+    return rows
+
+
 def _quads(*numbers: int) -> list[int]:
     return [4 * number + lane for number in numbers for lane in range(4)]
 
