@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import BlockSparseMatrix
-from tilewright.codegen.kernels.linear import INDEX_BYTES, row_block, rows_at_once
+from tilewright.codegen.kernels.linear import INDEX_BYTES, partial_sums, row_block, rows_at_once
 from tilewright.codegen.tiles import TILE
 from tilewright.codegen.workload import GROUP, PARTS, Workload
 from tilewright.errors import UnsupportedModel
@@ -85,12 +85,12 @@ def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
 
 
 def _pack_column(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
-    """Entries [bn, bk / pack, pack], one per block: a block as it is."""
+    """Entries [parts, bn, bk / pack, pack], a block as it is for each partial sum; a row-block's last is filled with zeros."""
     pack = workload.operands.pack
     bn, bk = matrix.block
-    weight = matrix.data.reshape(-1, bn, bk // pack, pack).astype(workload.operands.weight)
-    index, indptr = _index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr, rows_at_once(workload))
+    weight, index, indptr = _in_entries(matrix, partial_sums(workload))
+    weight = weight.reshape(*index.shape, bn, bk // pack, pack).astype(workload.operands.weight)
+    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix)), indptr, rows_at_once(workload))
 
 
 def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:

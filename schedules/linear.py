@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.kernels.linear import row_block, rows_at_once, token_tiles
+from tilewright.codegen.kernels.linear import partial_sums, row_block, rows_at_once, token_tiles
 from tilewright.codegen.kernels.nest import block_name
 from tilewright.codegen.kernels.tiles import tile_quads
 from tilewright.codegen.tiles import TILE_TASKS
@@ -95,13 +95,22 @@ def _fuse_scatter(sch: Schedule, tile: int, loop: Any) -> None:
 
 
 def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisions, tile: int) -> None:
-    """A nest of the families whose lanes are tokens: column, and gather, which interleaves the rows of an entry first."""
+    """A nest of the families whose lanes are tokens: column, and gather, which interleaves the rows of an entry first.
+
+    Partial sums are added at the end of each row-block.
+    """
     product, epilogue = (sch.get_sblock(block_name(name, tile)) for name in ("product", "epilogue"))
+    totals = []
+    if partial_sums(workload) > 1:
+        *_, part, _, _ = sch.get_loops(product)
+        totals, product = [product], sch.rfactor(part, factor_axis=3)  # [q, nb, ni, part, j, t]
     q, nb, ni, j, t, e, *packs, _ = sch.get_loops(product)
     rows = rows_at_once(workload)
     outer, unrolled = ([ni], []) if rows > 1 else ([], [ni])  # row-blocks have entries of their own
     sch.reorder(q, nb, *outer, e, *packs, *unrolled, j, t)
     inner = _outer(sch, q, nb, decisions.chunks)
+    for total in totals:
+        sch.reverse_compute_at(total, outer[-1] if outer else inner)
     if has_block(sch, block_name("order", tile)):
         order = sch.get_sblock(block_name("order", tile))
         sch.reverse_compute_at(order, inner)
@@ -116,7 +125,8 @@ def _schedule_tokens(sch: Schedule, workload: Workload, decisions: LinearDecisio
     sch.tensorize(t, intrinsic(workload.isa, "tokens", workload.operands.activation).name)
     for loop in (*packs, *unrolled, j):
         sch.unroll(loop)
-    for block, above in ((init, OUTER + len(outer)), (epilogue, OUTER)):
+    for block in (init, *totals, epilogue):
+        above = OUTER if block is epilogue else OUTER + len(outer)
         *others, lanes = sch.get_loops(block)[above:]  # loops of one iteration are missing
         for loop in others:
             sch.unroll(loop)

@@ -26,7 +26,7 @@ from tilewright.codegen.workload import FAMILY_LANES
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.isa import ISAS
 
-# K = 60 is no multiple of 16, and 50 none of 4; 20 leaves a single group of columns
+# K = 60 is no multiple of 16, and 50 none of 4; 20 leaves a single group of columns, and an odd number of (1, 4) blocks
 SIZES = [(96, 60), (192, 768)]
 MORE = [
     ("gather", (4, 1), 4, 50),
@@ -34,6 +34,8 @@ MORE = [
     ("row", None, 96, 20),
     ("row", None, 80, 64),
     ("column", (1, 4), 3, 4),
+    ("column", (1, 4), 8, 20),
+    ("column", (1, 8), 6, 24),
 ]
 PARAMETERS = [level(isa, *case, *size) for isa in ISAS for case in linear_cases(isa) for size in SIZES]
 PARAMETERS += [level(isa, *case) for isa in ISAS for case in MORE]

@@ -44,8 +44,8 @@ def unpack(own: Workload, packed: PackedLinear) -> Array:
                 first = int(packed.index[entry]) * bk
                 part[:, first : first + bk] += packed.weight[entry].transpose(1, 0, 2).reshape(bn, bk)
             elif own.family == "column":
-                first = int(packed.index[entry]) * bk
-                part[:, first : first + bk] += packed.weight[entry].reshape(bn, bk)
+                for place, block in enumerate(packed.index[entry]):
+                    part[:, block * bk : (block + 1) * bk] += packed.weight[entry, place].reshape(bn, bk)
             elif own.family == "tile_column":
                 for place, block in enumerate(packed.index[entry]):
                     part[:, block * bk : (block + 1) * bk] += packed.weight[entry, :, place]
@@ -82,7 +82,7 @@ def test_round_trip(family, block, operands: str, rows: int, columns: int, densi
     kept = weight.reshape(rows, bn, columns, bk).any(axis=(1, 3))
     assert packed.stored == kept.sum() * bn * bk
     assert list(packed.arguments()) == ["weight", "index", "indptr", "parts"]
-    per_entry = {"gather": held.pack, "tile_column": 16}.get(family, 1)
+    per_entry = {"gather": held.pack, "tile_column": 16, "column": 2 if bn == 1 and held.pack == 4 else 1}.get(family, 1)
     np.testing.assert_array_equal(np.diff(packed.indptr), -(-kept.sum(1) // per_entry))
     assert len(packed.weight) == len(packed.index) == max(1, packed.indptr[-1])
     units = row_units(held) if family == "gather" else 1
@@ -136,6 +136,19 @@ def test_parts_are_of_equal_work(counts: list[int]) -> None:
     work = np.concatenate([[0], np.cumsum([count + 8 for count in counts])])  # an epilogue counts as 8 entries
     ideal = np.linspace(0, work[-1], len(packed.parts))
     assert (np.abs(work[packed.parts] - ideal) <= (max(counts) + 8) / 2 + 1e-6).all()
+
+
+def test_single_outputs_are_stored_in_pairs_of_blocks() -> None:
+    """Rows of no block, one, two and three: the second of a pair that is not full is block 0, without weight."""
+    mask = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1]])
+    packed = pack_linear(workload("column", (1, 4), 4, 16, INT8_QUADS), np.kron(mask, np.arange(1, 5)).astype(np.int8))
+    assert packed.stored == 24
+    assert packed.indptr.tolist() == [0, 0, 1, 2, 4]
+    assert packed.index.tolist() == [[2, 0], [1, 3], [1, 2], [3, 0]]
+    full = [[1, 2, 3, 4]]
+    assert packed.weight[:, :, 0].tolist() == [[full, [[0] * 4]], [full, full], [full, full], [full, [[0] * 4]]]
+    single = pack_linear(workload("column", (1, 4), 4, 16, INT16_PAIRS), np.kron(mask, np.arange(1, 5)).astype(np.int8))
+    assert single.indptr.tolist() == [0, 0, 1, 3, 6]
 
 
 def test_parts_of_single_outputs_count_packs() -> None:

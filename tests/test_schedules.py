@@ -95,6 +95,15 @@ def test_accumulators_stay_in_registers(isa: str, family, block) -> None:
         assert not [line for line in body if re.match(r"v?mov\w+\s+%[xyz]mm\d+, .*\(", line)]  # nor a store elsewhere
 
 
+@pytest.mark.parametrize("isa", ["avxvnni", "avx512vnni"])
+def test_single_outputs_have_two_sums(isa: str) -> None:
+    """A chain of vpdpbusd waits for each; two accumulators for every vector of a tile halve that."""
+    vectors = GROUP // ISAS[isa].lanes
+    loops = innermost_loops(kernel(isa, "column", (1, 4)).assembly, "vpdpbusd")
+    sums = {len({line.split()[-1] for line in body if "vpdpbusd" in line}) for body in loops}
+    assert sums == {2 * vectors * tile for tile in ((4, 2, 1) if vectors == 1 else (1,))}
+
+
 @pytest.mark.parametrize(("family", "block"), [*FAMILIES, ("column", (1, 4)), ("row", (32, 4))])
 def test_code_does_not_grow_with_the_matrix(family, block) -> None:
     small, large = (linear_kernel("avx2", family, block, n, n, Activate("relu", FAMILY_LAYOUT[family])) for n in (192, 1536))

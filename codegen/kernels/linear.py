@@ -40,6 +40,16 @@ def rows_at_once(workload: Workload) -> int:
     return workload.operands.pack if single and workload.n % workload.operands.pack == 0 else 1
 
 
+def partial_sums(workload: Workload) -> int:
+    """Blocks of a column kernel's entry, each of which is added to accumulators of its own.
+
+    Two where `vpdpbusd` sums single outputs: a tile of four groups then has four accumulators, and a CPU that begins two
+    products a cycle, which take five, would wait for them. After `pmaddwd` it waits for an addition of one cycle only.
+    """
+    single = workload.family == "column" and row_block(workload) == 1
+    return 2 if single and workload.operands.pack == 4 else 1
+
+
 INDEX_BYTES = 8
 """A gathered row's index is its offset in units of this many bytes: the largest scale an x86 address can apply for free."""
 
@@ -139,10 +149,10 @@ def _weights_gather(workload: Workload) -> Weights:
 
 
 def _weights_column(workload: Workload) -> Weights:
-    """weight[entries, bn, bk / pack, pack]: a block as it is."""
+    """weight[entries, parts, bn, bk / pack, pack] and index u16[entries, parts]: a block as it is for each partial sum."""
     assert workload.block is not None
-    pack, (width, inner) = workload.operands.pack, workload.block
-    return _sparse_args(workload, [width, inner // pack, pack], [], workload.operands.weight)
+    pack, parts, (width, inner) = workload.operands.pack, partial_sums(workload), workload.block
+    return _sparse_args(workload, [parts, width, inner // pack, pack], [parts], workload.operands.weight)
 
 
 def _weights_tile_column(workload: Workload) -> Weights:
@@ -222,16 +232,16 @@ def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
 
 
 def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
-    """acc[q, nb, ni, j, t]: tokens stand packed, so a block's inputs are vectors."""
+    """acc[q, nb, ni, j, t]: tokens stand packed, so a block's inputs are vectors; p is the block within an entry."""
     assert workload.block is not None
-    pack, inner = workload.operands.pack, workload.block[1]
+    pack, parts, inner = workload.operands.pack, partial_sums(workload), workload.block[1]
     packs, rows, acc = inner // pack, rows_at_once(workload), _accumulators(nest)
-    reduced = {"e": workload.k // inner, "kp": packs, "ki": pack}
-    with stage(nest.block("product"), nest.axes, reduced) as (q, nb, ni, j, t, e, kp, ki):
+    reduced = {"e": -(-workload.k // inner // parts), "p": parts, "kp": packs, "ki": pack}
+    with stage(nest.block("product"), nest.axes, reduced) as (q, nb, ni, j, t, e, p, kp, ki):
         row, n = (nb, ni) if rows == 1 else (nb * rows + ni, 0)
         entry = weights.entry(row, e)
-        left = x[nest.group({"q": q, "j": j}), T.cast(weights.index[entry], "int32") * packs + kp, t, ki]
-        _multiply_add(acc, [q, nb, ni, j, t], left, weights.weight[entry, n, kp, ki])
+        left = x[nest.group({"q": q, "j": j}), T.cast(weights.index[entry, p], "int32") * packs + kp, t, ki]
+        _multiply_add(acc, [q, nb, ni, j, t], left, weights.weight[entry, p, n, kp, ki])
     return _in_order(nest, acc)
 
 
