@@ -8,6 +8,7 @@ from collections.abc import Callable
 import tvm
 from tvm.s_tir import Schedule
 
+from tilewright.codegen.stealing import steal_tasks
 from tilewright.codegen.tiles import configure_tiles
 from tilewright.codegen.trim import trim
 from tilewright.codegen.workload import ATTRIBUTE, Workload
@@ -49,7 +50,7 @@ def schedule(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     workload = Workload.from_json(str(func.attrs[ATTRIBUTE]))
     sch = Schedule(tvm.IRModule({"main": func}))
     RULES[workload.op](sch, workload)
-    return configure_tiles(trim(sch.mod["main"]))
+    return steal_tasks(configure_tiles(trim(sch.mod["main"])))
 
 
 def describe(workload: Workload) -> str:
