@@ -67,7 +67,8 @@ def steal_tasks(func: tirx.PrimFunc) -> tirx.PrimFunc:
 def _share(loop: Any) -> Any:
     if loop.kind != tirx.ForKind.PARALLEL:
         return loop
-    size = tirx.floordiv(loop.extent, SPANS) + 1  # never 0: the division by it may be moved to where the loop is empty
+    # never 0, not even for the negative extents that simplification considers, because it divides by it
+    size = tirx.floordiv(tirx.max(loop.extent, 0), SPANS) + 1
     spans = tirx.floordiv(loop.extent + (size - 1), size)
     flags = tirx.decl_buffer((SPANS,), "uint8", "flags")
 
