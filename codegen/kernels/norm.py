@@ -93,7 +93,7 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, operands: Opera
             value_u8 = quantize(real * quant[0], 0, 255, operands.activation, quant[1])
             place = at(norm.residual, g, t, c) if packs else activation_at(norm.consumer, operands, groups, g, t, c)
             store(small, value_u8, place)
-        store(stream, real, at(norm.stream, g, t, c))
+        store(stream, real, at(norm.stream, g, t, c))  # last: it may stand where `real` is read
     if packs and norm.residual == "columns":
         # the unit axis carries the region read, which reverse_compute_at has to find in terms of axes
         with stage("pack", {"g": groups, "c": hidden // pack, "t": 1}) as (g, c, t):
