@@ -74,15 +74,15 @@ def fuse_attention(model: Path, output: Path, heads: int, hidden: int) -> Path:
     return output
 
 
-def quantize_dynamic(model: Path, output: Path) -> Path:
-    """Quantise the ONNX file `model` with ONNX Runtime's dynamic INT8."""
+def quantize_dynamic(model: Path, output: Path, reduce_range: bool = False) -> Path:
+    """Quantise the ONNX file `model` with ONNX Runtime's dynamic INT8, the weights to 7 bits if `reduce_range`."""
     from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _complete(output) as scratch, _quiet():
         # fused operators have no shape inference, so that the quantiser has to be told the type of their outputs
         options = {"DefaultTensorType": TensorProto.FLOAT}
-        quantize_dynamic(model, scratch, weight_type=QuantType.QInt8, extra_options=options)
+        quantize_dynamic(model, scratch, weight_type=QuantType.QInt8, reduce_range=reduce_range, extra_options=options)
     return output
 
 

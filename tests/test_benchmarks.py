@@ -101,14 +101,15 @@ def test_quantised_forms_agree_with_the_float_model(model: Path, tmp_path: Path)
     fused = exports.fuse_attention(model, tmp_path / "fused.onnx", tiny.HEADS, tiny.HIDDEN)
     assert "Attention" in {node.op_type for node in onnx.load(fused).graph.node}
     forms = {
-        "dynamic": exports.quantize_dynamic(fused, tmp_path / "dynamic.onnx"),
+        # dynamic INT8 multiplies integers even unfused: 7-bit weights saturate on no CPU
+        "dynamic": exports.quantize_dynamic(fused, tmp_path / "dynamic.onnx", reduce_range=True),
         "qdq": exports.quantize_static(model, tmp_path / "qdq.onnx", iter(feeds), per_channel=True, float_weights=False),
         "qat": exports.quantize_static(model, tmp_path / "qat.onnx", iter(feeds), per_channel=False, float_weights=True),
     }
     expected = OnnxRuntime(model, threads=1)(*ITEMS[0])["start_logits"].ravel()
     np.testing.assert_allclose(OnnxRuntime(fused, threads=1)(*ITEMS[0])["start_logits"].ravel(), expected, atol=1e-4)
     for name, path in forms.items():
-        found = OnnxRuntime(path, threads=1)(*ITEMS[0])["start_logits"].ravel()
+        found = OnnxRuntime(path, threads=1, unfused=True)(*ITEMS[0])["start_logits"].ravel()
         assert np.corrcoef(found, expected)[0, 1] > 0.97, name
     linears = 6 * tiny.LAYERS + 1
     for name, kind in (("qdq", onnx.TensorProto.INT8), ("qat", onnx.TensorProto.FLOAT)):

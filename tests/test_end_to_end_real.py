@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 import tilewright
@@ -15,6 +14,7 @@ from benchmarks import assets
 from tests import oracle
 from tests.kernel_harness import level
 from tests.test_end_to_end import LEVELS, Array, Ids, cosine, run
+from tilewright.baseline import OnnxRuntime
 from tilewright.codegen.model import EncoderModel
 from tilewright.frontend import load
 from tilewright.pipeline import quantize
@@ -49,13 +49,8 @@ class TaggerReference:
         self.sequences = sequences
         self.exact = [result["logits"] for result in oracle.forward(model, sequences)]
         self.real = [result["logits"] for result in oracle.forward_float(model, sequences)]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # single sentences gain nothing from a second
-        session = onnxruntime.InferenceSession(assets.distilbert_qdq(), options)
-        self.runtime = [
-            session.run(["logits"], {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)})[0][0]
-            for ids in sequences
-        ]
+        run_graph = OnnxRuntime(assets.distilbert_qdq(), threads=1, unfused=True)
+        self.runtime = [run_graph(ids[None])["logits"][0] for ids in sequences]
 
 
 @pytest.fixture(scope="module")

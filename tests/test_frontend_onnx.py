@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType
 
 from tests import oracle, tiny
-from tilewright.codegen.model import EncoderModel
+from tilewright.baseline import OnnxRuntime
 from tilewright.errors import InvalidModel, TilewrightError, UnsupportedModel
 from tilewright.frontend import load
 from tilewright.frontend.family import ACTIVATIONS
@@ -28,15 +27,9 @@ EXPORTS = [
 ]
 
 
-def run_onnx(path: Path, model: EncoderModel) -> list[dict[str, np.ndarray]]:
-    session = onnxruntime.InferenceSession(path)
-    names = [output.name for output in session.get_outputs()]
-    results = []
-    for ids in SEQUENCES:
-        feed = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
-        feed |= {i.name: np.zeros((1, len(ids)), np.int64) for i in session.get_inputs() if i.name not in feed}
-        results.append({name: value[0] for name, value in zip(names, session.run(None, feed), strict=True)})
-    return results
+def run_onnx(path: Path) -> list[dict[str, np.ndarray]]:
+    run = OnnxRuntime(path, threads=1, unfused=True)
+    return [{name: value[0] for name, value in run(ids[None]).items()} for ids in SEQUENCES]
 
 
 @pytest.mark.parametrize(("name", "outputs", "opset", "types"), EXPORTS)
@@ -45,7 +38,7 @@ def test_float_graphs(name: str, outputs: tuple[str, ...], opset: int, types: bo
     model = load(path)
     assert (model.config.num_heads, model.config.max_positions) == (tiny.HEADS, tiny.POSITIONS)
     assert (model.embeddings.token_type is not None) == types
-    for ours, theirs in zip(oracle.forward_float(model, SEQUENCES), run_onnx(path, model), strict=True):
+    for ours, theirs in zip(oracle.forward_float(model, SEQUENCES), run_onnx(path), strict=True):
         compared = ours.keys() & theirs.keys()
         assert compared
         for output in compared:
@@ -59,7 +52,7 @@ def test_activations(activation: str, opset: int, tmp_path: Path) -> None:
     path = tiny.export(reference, tmp_path / "model.onnx", ["last_hidden_state"], opset)
     model = load(path)
     assert model.config.activation == ACTIVATIONS[activation]
-    for ours, theirs in zip(oracle.forward_float(model, SEQUENCES), run_onnx(path, model), strict=True):
+    for ours, theirs in zip(oracle.forward_float(model, SEQUENCES), run_onnx(path), strict=True):
         np.testing.assert_allclose(ours["last_hidden_state"], theirs["last_hidden_state"], atol=2e-5, rtol=1e-4)
 
 
@@ -88,7 +81,7 @@ def test_qdq_graphs(
         assert np.abs(linear.weight * step - original.weight).max() <= 0.51 * step.max()
     ours, theirs, real = (
         oracle.forward(model, SEQUENCES),
-        run_onnx(quantized, model),
+        run_onnx(quantized),
         oracle.forward_float(exact, SEQUENCES),
     )
     error = mean_error(ours, real, outputs[0])

@@ -19,8 +19,12 @@ _TURN = 3  # timed calls before the other engine's turn
 class OnnxRuntime:
     """An ONNX encoder in ONNX Runtime's CPU provider on `threads` threads; called as an Engine is."""
 
-    def __init__(self, model: Path, threads: int) -> None:
-        """Raises InvalidInput for a missing file, InvalidModel for what ONNX Runtime cannot load or is no encoder."""
+    def __init__(self, model: Path, threads: int, unfused: bool = False) -> None:
+        """Raises InvalidInput for a missing file, InvalidModel for what ONNX Runtime cannot load or is no encoder.
+
+        unfused: compute a QDQ graph as it is written, its products in float32 between Q/DQ pairs, which is slow but the
+        same on every CPU. The integer kernels that ONNX Runtime makes of such a graph saturate on CPUs without VNNI.
+        """
         import onnxruntime
 
         if not model.is_file():
@@ -29,6 +33,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if unfused:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # threads that wait busily would take the cores from the engine whose turn it is
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
