@@ -14,7 +14,7 @@ from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.kernels.common import shape
 from tilewright.codegen.kernels.embedding import embedding
 from tilewright.codegen.kernels.epilogue import Activate, AddNorm, Epilogue, Qkv
-from tilewright.codegen.kernels.head import VECTOR, mean_pool, padded_width, sequence_head, token_head
+from tilewright.codegen.kernels.head import VECTOR, padded_width, pool, sequence_head, token_head
 from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.kernels.norm import Norm
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear, Quantization
@@ -273,8 +273,9 @@ class _Lowering:
 
         if head.kind == "none":
             pooled = Value("sentence_embedding", (sequences, hidden), "float32")
-            pool = workload("mean_pool", hidden)
-            program.call("mean_pool", (pool,), lambda: mean_pool(pool), [stream, "offsets"], [pooled])
+            pooling, normalize = head.pooling, head.normalize
+            own = workload("pool", hidden, pooling + (">unit" if normalize else ""))
+            program.call(f"{pooling}_pool", (own,), lambda: pool(own, pooling, normalize), [stream, "offsets"], [pooled])
             return [Output(stream, "token", hidden), Output(pooled.name, "sequence", hidden)]
         if head.projection is None:
             raise InvalidModel(f"a {head.kind} head needs a projection")

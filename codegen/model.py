@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 Float = NDArray[np.float32]
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 HeadKind = Literal["none", "question_answering", "sequence_classification", "token_classification"]
+Pooling = Literal["mean", "cls", "max"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,27 @@ class Embeddings:
 class Head:
     """What turns the last hidden state into outputs; float32 throughout.
 
-    none: outputs `last_hidden_state` per token and `sentence_embedding`, its mean over the sequence's tokens.
+    none: outputs `last_hidden_state` per token and `sentence_embedding`: the mean or largest value of each channel over the
+    sequence's tokens, or the first token (`cls`), which `normalize` divides by its L2 norm, or by 1e-12 where that is less.
     question_answering: `start_logits`, `end_logits` (projection [2, H]). token_classification: `logits` per token.
     sequence_classification: `logits` per sequence from the first token, through `pre` (with `pre_activation`) if present.
+    problem_type is what config.json calls the meaning of those logits, None where it is not stated.
     """
 
     kind: HeadKind
     projection: Linear | None = None
     pre: Linear | None = None
     pre_activation: Literal["tanh", "relu"] | None = None
+    pooling: Pooling = "mean"
+    normalize: bool = False
+    problem_type: ProblemType | None = None
+
+    @property
+    def problem(self) -> ProblemType | None:
+        """The meaning of a sequence's logits; one logit is a score and several are classes where nothing is stated."""
+        if self.kind != "sequence_classification" or self.projection is None:
+            return None
+        return self.problem_type or ("regression" if len(self.projection.bias) == 1 else "single_label_classification")
 
 
 @dataclass(frozen=True)

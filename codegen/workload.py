@@ -89,7 +89,7 @@ INT8_QUADS = Operands(4, "uint8", "int8", "int8", "uint8", 128)
 class Workload:
     """What a kernel computes, free of the weights' values and of the number of tokens.
 
-    op: linear, attention, embedding, token_head, sequence_head or mean_pool. n, k: outputs and inputs (heads and head_dim
+    op: linear, attention, embedding, token_head, sequence_head or pool. n, k: outputs and inputs (heads and head_dim
     for attention, words and channels for embedding).
     block: sparse block (outputs, inputs), None if dense. epilogue: what follows the product, with the layouts it writes.
     residual: layout of the float32 stream, where the kernel has a LayerNorm. density: percent of non-zero blocks rounded

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tilewright.codegen.model import (
     Attention,
@@ -16,11 +15,14 @@ from tilewright.codegen.model import (
     Layer,
     LayerNorm,
     Linear,
+    ProblemType,
 )
 from tilewright.errors import InvalidModel, UnsupportedModel
 from tilewright.frontend.compressed import check_quantization, float_linear, int8_linear, positive
+from tilewright.frontend.config import read_json
 from tilewright.frontend.families import FAMILIES
 from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
+from tilewright.frontend.sentence_transformers import MODULES, UNSTATED_POOLING, Embedding, read_embedding
 from tilewright.frontend.tensors import Checkpoint, read_safetensors
 
 ReadLinear = Callable[[Checkpoint, str, int, int, list[str]], Linear]
@@ -35,8 +37,12 @@ def load_directory(path: Path) -> EncoderModel:
     Raises UnsupportedModel for an architecture, setting or quantisation that is not supported, and InvalidModel for a
     damaged file or a tensor that is missing, unexpected, of the wrong shape, or not finite.
     """
-    settings = _read_json(path / "config.json")
+    embedding = read_embedding(path)
+    path = embedding.transformer if embedding else path
+    settings = read_json(path / "config.json", dict)
     family, head = _family_and_head(settings)
+    if embedding is not None and head.kind != "none":
+        raise UnsupportedModel(f"{MODULES} describes sentence embeddings, config.json a {head.kind} head; remove one of them")
     config = _config(settings, family, classifier="classification" in head.kind)
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -45,14 +51,14 @@ def load_directory(path: Path) -> EncoderModel:
     if quantization is not None:
         check_quantization(quantization)
     reader = _Reader(config, settings, family, read_safetensors(files, family.prefix), quantization is not None)
-    model = reader.model(head, _tokenizer(path))
+    model = reader.model(head, embedding, _tokenizer(path))
     reader.checkpoint.finish()
     return model
 
 
 def read_config(file: Path) -> tuple[EncoderConfig, int]:
     """Sizes and number of layers from a config.json alone; raises as `load_directory` does, weights are not looked for."""
-    settings = _read_json(file)
+    settings = read_json(file, dict)
     family, _ = _family_and_head(settings)
     return _config(settings, family, classifier=False), _integer(settings, family.settings.num_layers)
 
@@ -72,11 +78,11 @@ class _Reader:
         eps = family.settings.layer_norm_eps
         self.eps = float(settings.get(eps, 1e-12)) if eps else 1e-12
 
-    def model(self, head: HeadNames, tokenizer: str | None) -> EncoderModel:
+    def model(self, head: HeadNames, embedding: Embedding | None, tokenizer: str | None) -> EncoderModel:
         embeddings = self.embeddings()
         count = _integer(self.settings, self.family.settings.num_layers)
         layers = tuple(self.layer(self.family.layer.format(i)) for i in range(count))
-        parts = (embeddings, layers, self.head(head))
+        parts = (embeddings, layers, self.head(head, embedding))
         ignored = self.checkpoint.ignore((*self.family.unused, *head.unused))
         if ignored:
             self.notes.append(f"unused tensors: {', '.join(ignored)}")
@@ -115,14 +121,19 @@ class _Reader:
             output_norm=self.norm(prefix + family.output_norm),
         )
 
-    def head(self, names: HeadNames) -> Head:
+    def head(self, names: HeadNames, embedding: Embedding | None) -> Head:
         hidden = self.config.hidden_size
         outputs = {"none": None, "question_answering": 2}.get(names.kind, len(self.config.labels))
         if names.projection is None or outputs is None:
-            return Head(names.kind)
+            if embedding is None:
+                self.notes.append(UNSTATED_POOLING)
+                return Head(names.kind)
+            self.notes.extend(embedding.notes)
+            return Head(names.kind, pooling=embedding.pooling, normalize=embedding.normalize)
         pre = float_linear(self.checkpoint, names.pre, hidden, hidden, self.notes) if names.pre else None
         projection = float_linear(self.checkpoint, names.projection, outputs, hidden, self.notes)
-        return Head(names.kind, projection, pre, names.pre_activation)
+        problem = _problem_type(self.settings, outputs) if names.kind == "sequence_classification" else None
+        return Head(names.kind, projection, pre, names.pre_activation, problem_type=problem)
 
     def linear(self, name: str, n: int, k: int) -> Linear:
         read: ReadLinear = int8_linear if self.quantized else float_linear
@@ -145,6 +156,15 @@ def _family_and_head(settings: dict[str, Any]) -> tuple[Family, HeadNames]:
         if settings.get(key, supported) != supported:
             raise UnsupportedModel(f"{key} is {settings[key]} in config.json; supported: {supported}")
     return family, family.heads[architectures[0]]
+
+
+def _problem_type(settings: dict[str, Any], labels: int) -> ProblemType | None:
+    stated = settings.get("problem_type")
+    if stated is not None and stated not in get_args(ProblemType):
+        raise UnsupportedModel(f"problem_type is {stated!r} in config.json; supported: {', '.join(get_args(ProblemType))}")
+    if stated == "single_label_classification" and labels == 1:
+        raise InvalidModel("config.json: problem_type single_label_classification has a single label to choose from")
+    return stated
 
 
 def _config(settings: dict[str, Any], family: Family, classifier: bool) -> EncoderConfig:
@@ -176,19 +196,9 @@ def _integer(settings: dict[str, Any], key: str) -> int:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"{path} cannot be read as JSON: {error}; copy the whole directory of the model") from None
-    if not isinstance(content, dict):
-        raise InvalidModel(f"{path} does not hold a JSON object; copy the whole directory of the model")
-    return content
-
-
 def _tokenizer(path: Path) -> str | None:
     file = path / "tokenizer.json"
     if not file.is_file():
         return None
-    _read_json(file)
+    read_json(file, dict)
     return file.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from tilewright.codegen.model import EncoderModel
 from tilewright.errors import InvalidModel, UnsupportedModel
 from tilewright.frontend.huggingface import load_directory
 from tilewright.frontend.onnx_encoder import load_onnx
+from tilewright.frontend.sentence_transformers import MODULES
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def load(path: str | PathLike[str]) -> EncoderModel:
 
 
 def _find_directory(path: Path) -> Path | None:
+    if (path / MODULES).exists():
+        return path
     return path if (path / "config.json").is_file() and any(path.glob("*.safetensors")) else None
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from tilewright.codegen.model import Head
 from tilewright.errors import UnsupportedModel
 from tilewright.frontend.onnx_linear import Product, Walker
+from tilewright.frontend.sentence_transformers import UNSTATED_POOLING
 
 _PRE_ACTIVATIONS: dict[str, Literal["tanh", "relu"]] = {"Tanh": "tanh", "Relu": "relu"}
 _WHERE = "head"
@@ -35,9 +36,10 @@ def read_head(walker: Walker) -> FoundHead:
     for extra in graph.outputs[1:]:
         if _first_token(walker, extra) is None:
             raise _unsupported(walker)
-        walker.notes.lines.append(f"dropped output {extra}: the sentence embedding is the mean over the tokens")
+        walker.notes.lines.append(f"dropped output {extra}")
         graph.read |= graph.initializers & set(graph.ancestors(extra))
     walker.notes.drop(graph.source(first)[1], _WHERE)
+    walker.notes.lines.append(UNSTATED_POOLING)
     return FoundHead(Head("none"), first)
 
 

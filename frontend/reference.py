@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.model import Activation, Attention, EncoderModel, Layer, LayerNorm, Linear
+from tilewright.codegen.model import Activation, Attention, EncoderModel, Layer, LayerNorm, Linear, Pooling
 
 Array = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -137,10 +137,16 @@ def _feed_forward(model: EncoderModel, layer: Layer, x: Array, arithmetic: Arith
     return layer_norm(arithmetic.linear(layer.down, inner, None) + x, layer.output_norm)
 
 
+def pool(hidden: Array, pooling: Pooling, normalize: bool) -> Array:
+    """Sentence embedding [channels] of one sequence's tokens [tokens, channels]."""
+    embedding = {"cls": hidden[0], "mean": hidden.mean(axis=0), "max": hidden.max(axis=0)}[pooling]
+    return np.asarray(embedding / max(np.linalg.norm(embedding), 1e-12)) if normalize else embedding
+
+
 def _head(model: EncoderModel, hidden: Array) -> dict[str, Any]:
     head = model.head
     if head.projection is None:
-        return {"last_hidden_state": hidden, "sentence_embedding": hidden.mean(axis=0)}
+        return {"last_hidden_state": hidden, "sentence_embedding": pool(hidden, head.pooling, head.normalize)}
     if head.kind == "sequence_classification":
         x = hidden[0]
         if head.pre is not None:

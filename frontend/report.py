@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilewright.codegen.block_sparse import BLOCK_SHAPES, block_density
-from tilewright.codegen.model import EncoderConfig, EncoderModel, HeadKind
+from tilewright.codegen.model import EncoderConfig, EncoderModel, Head
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ModelReport:
 
     config: EncoderConfig
     num_layers: int
-    head: HeadKind
+    head: Head
     quantized: bool
     linears: tuple[LinearReport, ...]
     notes: tuple[str, ...]
@@ -51,4 +51,4 @@ def report(model: EncoderModel) -> ModelReport:
         )
         for linear in model.linears()
     )
-    return ModelReport(model.config, len(model.layers), model.head.kind, model.quantized, linears, model.notes)
+    return ModelReport(model.config, len(model.layers), model.head, model.quantized, linears, model.notes)

@@ -16,6 +16,7 @@ from tilewright.errors import UnsupportedModel
 from tilewright.frontend.compressed import FORMAT, QUANT_METHOD
 from tilewright.frontend.families import FAMILIES
 from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
+from tilewright.frontend.sentence_transformers import write_embedding
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -29,6 +30,7 @@ def write_checkpoint(model: EncoderModel, path: Path) -> None:
     _check_expressible(model, family)
     (path / "config.json").write_text(json.dumps(_config(model, family), indent=2) + "\n", encoding="utf-8")
     save_file(_tensors(model, family), path / "model.safetensors", metadata={"format": "pt"})
+    write_embedding(model, path)
     if model.tokenizer is not None:
         (path / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
 
@@ -65,6 +67,8 @@ def _config(model: EncoderModel, family: Family) -> dict[str, Any]:
         settings[keys.layer_norm_eps] = model.embeddings.norm.eps
     if keys.token_types and model.embeddings.token_type is not None:
         settings[keys.token_types] = len(model.embeddings.token_type)
+    if model.head.problem is not None:
+        settings["problem_type"] = model.head.problem
     if config.labels:
         settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         settings["label2id"] = {label: i for i, label in enumerate(config.labels)}

@@ -15,7 +15,7 @@ from tilewright.codegen.workload import ATTRIBUTE, Workload
 from tilewright.schedules.attention import schedule_attention
 from tilewright.schedules.elementwise import (
     schedule_embedding,
-    schedule_mean_pool,
+    schedule_pool,
     schedule_sequence_head,
     schedule_token_head,
 )
@@ -27,7 +27,7 @@ RULES: dict[str, Callable[[Schedule, Workload], None]] = {
     "embedding": schedule_embedding,
     "token_head": schedule_token_head,
     "sequence_head": schedule_sequence_head,
-    "mean_pool": schedule_mean_pool,
+    "pool": schedule_pool,
 }
 """Op of a workload to the rule that schedules it."""
 

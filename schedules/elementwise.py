@@ -38,7 +38,7 @@ def schedule_sequence_head(sch: Schedule, workload: Workload) -> None:
         _vectorize_sum(sch, block, k, [], ni)
 
 
-def schedule_mean_pool(sch: Schedule, _: Workload) -> None:
+def schedule_pool(sch: Schedule, _: Workload) -> None:
     """Nothing to choose: its loops over channels are vectorised by LLVM."""
 
 

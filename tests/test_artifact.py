@@ -65,7 +65,7 @@ def test_manifest_round_trips_and_hashes_every_other_file(toy_artifact: Path) ->
     ("change", "message"),
     [
         (lambda m: m.update(schema_version=99), "schema version 99"),
-        (lambda m: m.update(schema_version=1), "schema version 1, expected 2; compile the model again"),
+        (lambda m: m.update(schema_version=1), "schema version 1, expected 3; compile the model again"),
         (lambda m: m.pop("limits"), "'limits' is missing"),
         (lambda m: m.update(colour="red"), "unknown field 'colour'"),
         (
@@ -88,6 +88,10 @@ def test_manifest_round_trips_and_hashes_every_other_file(toy_artifact: Path) ->
         (lambda m: m["levels"][0].update(library="model.avx9.so"), "must list model.avx9.so"),
         (lambda m: m["levels"][0].update(parameters=["shift"]), r"'levels\[0\].parameters' must be an object"),
         (lambda m: m.update(inputs=["attention_mask"]), "must list input_ids"),
+        (lambda m: m["head"].update(kind="poem"), r"'head.kind' must be one of embedding"),
+        (lambda m: m["head"].update(kind="token_classification"), "a token_classification head has the outputs logits"),
+        (lambda m: m["head"].update(problem_type="regression"), "`head.problem_type` must be given for sequence"),
+        (lambda m: m["head"].update(pooling="mean"), "`head.pooling` must be given for an embedding"),
         (lambda m: m["levels"][0]["parameters"].update(table="absent"), "lacks the tensor absent"),
     ],
 )
@@ -105,7 +109,7 @@ def test_parameters_that_the_module_does_not_take_are_refused(toy_copy: Path, pa
         tilewright.load(toy_copy)([[1]])
 
 
-@pytest.mark.parametrize("text", ["", '{"schema_version": 2, "isa"', "[]", "null", "\udcff"])
+@pytest.mark.parametrize("text", ["", '{"schema_version": 3, "isa"', "[]", "null", "\udcff"])
 def test_truncated_manifest_is_refused(toy_copy: Path, text: str) -> None:
     (toy_copy / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InvalidArtifact, match=r"manifest\.json"):

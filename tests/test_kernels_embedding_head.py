@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from tests.kernel_harness import (
     to_groups,
 )
 from tilewright.codegen.kernels.embedding import embedding
-from tilewright.codegen.kernels.head import VECTOR, mean_pool, padded_width, sequence_head, token_head
+from tilewright.codegen.kernels.head import VECTOR, padded_width, pool, sequence_head, token_head
 from tilewright.codegen.kernels.norm import Norm
+from tilewright.codegen.model import Pooling
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.isa import ISAS
 
@@ -160,16 +162,28 @@ def test_sequence_head(isa: str, width: int, activation: str | None, lengths: li
 
 
 @cache
-def pool_kernel(isa: str) -> Kernel:
-    return Kernel(mean_pool(workload(isa, "mean_pool", HIDDEN, HIDDEN)), isa)
+def pool_kernel(isa: str, pooling: Pooling, normalize: bool) -> Kernel:
+    return Kernel(pool(workload(isa, "pool", HIDDEN, HIDDEN, f"{pooling}{normalize}"), pooling, normalize), isa)
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+POOLINGS = [(pooling, normalize) for pooling in get_args(Pooling) for normalize in (False, True)]
+
+
+@pytest.mark.parametrize(("isa", "pooling", "normalize"), spread(POOLINGS))
 @FEW_EXAMPLES
 @given(lengths=LENGTHS, seed=SEEDS)
-def test_mean_pool(isa: str, lengths: list[int], seed: int) -> None:
+def test_pool(isa: str, pooling: Pooling, normalize: bool, lengths: list[int], seed: int) -> None:
     x, offsets = sequences(np.random.default_rng(seed), lengths)
     inputs = {"stream": to_groups(x, "rows"), "offsets": offsets}
-    found = pool_kernel(isa)(inputs, {"embedding": (len(lengths), HIDDEN)})["embedding"]
-    expected = [x[a:b].astype(np.float64).mean(0) for a, b in pairwise(offsets)]
+    found = pool_kernel(isa, pooling, normalize)(inputs, {"embedding": (len(lengths), HIDDEN)})["embedding"]
+    tokens = [torch.from_numpy(x[a:b].astype(np.float64)) for a, b in pairwise(offsets)]
+    expected = torch.stack([{"mean": t.mean(0), "cls": t[0], "max": t.amax(0)}[pooling] for t in tokens])
+    if normalize:
+        expected = torch.nn.functional.normalize(expected)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_an_embedding_of_zeros_stays_zero_when_normalised(pooling: Pooling) -> None:
+    inputs = {"stream": np.zeros((1, 16, HIDDEN), np.float32), "offsets": np.array([0, 3], np.int32)}
+    assert not pool_kernel("portable", pooling, True)(inputs, {"embedding": (1, HIDDEN)})["embedding"].any()

@@ -28,7 +28,7 @@ def build(name: str, seed: int = 0, **settings: object) -> torch.nn.Module:
         sizes["num_hidden_layers"] = LAYERS
         kind = transformers.BertConfig
     config = kind(vocab_size=VOCAB, max_position_embeddings=POSITIONS, attn_implementation="eager", **(sizes | settings))
-    if "Classification" in name:
+    if "Classification" in name and "id2label" not in settings:
         config.num_labels = LABELS
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config).eval()

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tilewright import frontend
+from tilewright import frontend, manifest
 from tilewright.artifact import sha256
 from tilewright.codegen.artifact import check_output, write_artifact
 from tilewright.codegen.build import build
 from tilewright.codegen.lower import Lowered, lower
-from tilewright.codegen.model import EncoderModel
+from tilewright.codegen.model import EncoderModel, Head
 from tilewright.cpu import cpu_features
 from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output, library_name
 from tilewright.schedules.apply import apply, describe
@@ -72,7 +72,7 @@ def compile(
             levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters)))
         progress("write")
         provenance = _provenance(model_path, model, {"target": target, "max_tokens": max_tokens})
-        manifest = write_artifact(
+        written = write_artifact(
             output,
             libraries=libraries,
             weights=pool.tensors,
@@ -80,7 +80,7 @@ def compile(
             tokenizer=model.tokenizer,
             overwrite=overwrite,
         )
-    return Artifact(Path(output), manifest)
+    return Artifact(Path(output), written)
 
 
 def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str]) -> LevelRecord:
@@ -113,9 +113,17 @@ def _manifest(model: EncoderModel, levels: tuple[LevelRecord, ...], lowered: Low
             token_types=1 if types is None else len(types),
         ),
         architecture=config.architecture,
+        head=_head(model.head),
         labels=config.labels,
         provenance=provenance,
     )
+
+
+def _head(head: Head) -> manifest.Head:
+    """What the outputs of `head` mean."""
+    if head.kind == "none":
+        return manifest.Head("embedding", pooling=head.pooling, normalized=head.normalize)
+    return manifest.Head(head.kind, problem_type=head.problem)
 
 
 def _provenance(source: str | Path | EncoderModel, model: EncoderModel, settings: dict[str, Any]) -> dict[str, Any]:
@@ -129,8 +137,10 @@ def _provenance(source: str | Path | EncoderModel, model: EncoderModel, settings
     earlier: list[Any] = []
     if not isinstance(source, EncoderModel):
         path = Path(source)
-        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in _CHECKPOINT)
-        step["input_sha256"] = {file.name: sha256(file) for file in files}
+        # the folders of sentence-transformers modules are named 1_Pooling
+        found = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("*_*/*")])
+        files = [file for file in found if file.suffix in _CHECKPOINT and file.is_file()]
+        step["input_sha256"] = {str(file.relative_to(path)) if file != path else file.name: sha256(file) for file in files}
         recorded = path / "provenance.json"
         if recorded.is_file():
             earlier = json.loads(recorded.read_text("utf-8")).get("steps", [])

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tilewright.errors import InvalidArtifact
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 GROUP = 16  # tokens per group of the compiled module's token axis
 
 MANIFEST = "manifest.json"
@@ -35,6 +35,30 @@ class Output:
     per: Literal["token", "sequence"]
     width: int
     squeeze: bool = False
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the outputs mean; `raw` says nothing.
+
+    problem_type: of sequence classification, by transformers' names: one class of all, any number of them, or values.
+    pooling, normalized: of an embedding, how tokens became `sentence_embedding` and whether its L2 norm is 1.
+    """
+
+    kind: Literal["embedding", "question_answering", "sequence_classification", "token_classification", "raw"] = "raw"
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    pooling: Literal["mean", "cls", "max"] | None = None
+    normalized: bool = False
+
+
+HEAD_OUTPUTS: dict[str, dict[str, str]] = {
+    "embedding": {"sentence_embedding": "sequence"},
+    "question_answering": {"start_logits": "token", "end_logits": "token"},
+    "sequence_classification": {"logits": "sequence"},
+    "token_classification": {"logits": "token"},
+    "raw": {},
+}
+"""The outputs that each kind of head must have, and what each is per."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,7 @@ class Manifest:
     outputs: tuple[Output, ...]
     limits: Limits
     architecture: str = ""
+    head: Head = Head()
     labels: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -134,6 +159,13 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return "`outputs` must be distinct and not empty"
     if any(output.width < 1 or (output.squeeze and output.width > 1) for output in manifest.outputs):
         return "an output's `width` must be positive, and 1 to `squeeze`"
+    per = {output.name: output.per for output in manifest.outputs}
+    if any(per.get(name) != kind for name, kind in HEAD_OUTPUTS[manifest.head.kind].items()):
+        return f"a {manifest.head.kind} head has the outputs {', '.join(HEAD_OUTPUTS[manifest.head.kind])}"
+    if (manifest.head.problem_type is None) == (manifest.head.kind == "sequence_classification"):
+        return "`head.problem_type` must be given for sequence classification, and for nothing else"
+    if (manifest.head.pooling is None) == (manifest.head.kind == "embedding"):
+        return "`head.pooling` must be given for an embedding, and for nothing else"
     if min(dataclasses.astuple(limits)) < 1:
         return "`limits` must be positive"
     if limits.max_tokens % GROUP or limits.max_tokens < limits.max_positions:
@@ -170,7 +202,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return None if value is None else _convert(args[0], value, path)
     if origin is Literal:
         if value not in args:

@@ -12,10 +12,14 @@ from tvm.tirx.script import builder as T
 
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, stage, store
 from tilewright.codegen.kernels.math import ACTIVATIONS
+from tilewright.codegen.model import Pooling
 from tilewright.codegen.workload import ATTRIBUTE, Workload
 
 VECTOR = 16
 """Outputs are padded to a multiple of this in the packed weight, so that every vector is whole."""
+
+LEAST_NORM = 1e-12
+"""What a smaller L2 norm counts as when an embedding is normalised (`eps` of torch.nn.functional.normalize)."""
 
 
 def padded_width(width: int) -> int:
@@ -96,12 +100,13 @@ def sequence_head(workload: Workload, pre_activation: str | None) -> tvm.tirx.Pr
     return prim_func(workload, body)
 
 
-def mean_pool(workload: Workload) -> tvm.tirx.PrimFunc:
-    """embedding f32[B, k]: the mean of stream f32[G, 16, k] over each sequence's tokens."""
-    hidden = workload.k
+def pool(workload: Workload, pooling: Pooling, normalize: bool) -> tvm.tirx.PrimFunc:
+    """embedding f32[B, k] of each sequence of stream f32[G, 16, k], offsets i32[B + 1], as `Head` says."""
+    hidden, mean, largest = workload.k, pooling == "mean", pooling == "max"
 
+    # an `if` on a Python value is decided when the kernel is made
     @TS.prim_func(s_tir=True)
-    def mean_pool(stream_: TS.handle, offsets_: TS.handle, embedding_: TS.handle):
+    def pool(stream_: TS.handle, offsets_: TS.handle, embedding_: TS.handle):
         TS.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
         groups = TS.int32()
         ends = TS.int32()
@@ -114,13 +119,24 @@ def mean_pool(workload: Workload) -> tvm.tirx.PrimFunc:
                 TS.reads(stream[:, :, :], offsets[:])
                 TS.writes(embedding[vb, 0:hidden])
                 for c in TS.serial(hidden):
-                    embedding[vb, c] = TS.float32(0.0)
-                for token in TS.serial(offsets[vb + 1] - offsets[vb]):
+                    embedding[vb, c] = stream[offsets[vb] // GROUP, offsets[vb] % GROUP, c]
+                if mean or largest:
+                    for token in TS.serial(offsets[vb + 1] - offsets[vb] - 1):
+                        for c in TS.serial(hidden):
+                            value = stream[(offsets[vb] + token + 1) // GROUP, (offsets[vb] + token + 1) % GROUP, c]
+                            if mean:
+                                embedding[vb, c] = embedding[vb, c] + value
+                            if largest:
+                                embedding[vb, c] = TS.max(embedding[vb, c], value)
+                if mean:
                     for c in TS.serial(hidden):
-                        embedding[vb, c] = (
-                            embedding[vb, c] + stream[(offsets[vb] + token) // GROUP, (offsets[vb] + token) % GROUP, c]
-                        )
-                for c in TS.serial(hidden):
-                    embedding[vb, c] = embedding[vb, c] / TS.cast(offsets[vb + 1] - offsets[vb], "float32")
+                        embedding[vb, c] = embedding[vb, c] / TS.cast(offsets[vb + 1] - offsets[vb], "float32")
+                if normalize:
+                    square = TS.sblock_alloc_buffer((1,), "float32")
+                    square[0] = TS.float32(0.0)
+                    for c in TS.serial(hidden):
+                        square[0] = square[0] + embedding[vb, c] * embedding[vb, c]
+                    for c in TS.serial(hidden):
+                        embedding[vb, c] = embedding[vb, c] / TS.max(TS.sqrt(square[0]), TS.float32(LEAST_NORM))
 
-    return mean_pool
+    return pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def report(path: Path) -> dict[str, Any]:
         "architecture": manifest.architecture,
         "inputs": list(manifest.inputs),
         "outputs": [{"name": output.name, "per": output.per, "width": output.width} for output in manifest.outputs],
+        "head": dataclasses.asdict(manifest.head),
+        "labels": list(manifest.labels),
         "max_positions": manifest.limits.max_positions,
         "max_tokens": manifest.limits.max_tokens,
         "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},

@@ -13,6 +13,7 @@ from tilewright.errors import InvalidInput
 from tilewright.manifest import MANIFEST
 
 if TYPE_CHECKING:
+    from tilewright.codegen.model import Head
     from tilewright.codegen.plan import LayerPlan, LinearPlan
     from tilewright.frontend import ModelReport
 
@@ -67,7 +68,10 @@ def _as_json(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]
     return {
         "model": str(model),
         "architecture": config.architecture,
-        "head": report.head,
+        "head": report.head.kind,
+        "pooling": report.head.pooling if report.head.kind == "none" else None,
+        "normalize": report.head.normalize,
+        "problem_type": report.head.problem,
         "quantized": report.quantized,
         "layers": report.num_layers,
         "hidden_size": config.hidden_size,
@@ -99,7 +103,7 @@ def _print(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) 
     console.print(
         f"{model}: {config.architecture}, {report.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
         f"feed-forward {config.intermediate_size}, {config.activation}, vocabulary {config.vocab_size}, "
-        f"up to {config.max_positions} tokens, head: {report.head}, {'INT8' if report.quantized else 'float'}",
+        f"up to {config.max_positions} tokens, head: {_head(report.head)}, {'INT8' if report.quantized else 'float'}",
         markup=False,
     )
     shapes = list(report.linears[0].block_density) if report.linears else []
@@ -126,6 +130,12 @@ def _print(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) 
         print_note(note)
     if not report.quantized:
         print_note("the model is float; quantise it before compiling: tilewright quantize MODEL --texts FILE -o DIR")
+
+
+def _head(head: Head) -> str:
+    if head.kind == "none":
+        return f"none ({head.pooling} pooling{', normalised' if head.normalize else ''})"
+    return head.kind + (f" ({head.problem})" if head.problem else "")
 
 
 def _percent(share: float | None) -> str:

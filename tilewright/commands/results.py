@@ -30,19 +30,9 @@ class Tokens:
     encoding: Encoding | None = None
 
 
-def kind_of(manifest: Manifest) -> str:
-    """The head, told by the outputs: one of the keys of READERS."""
-    per = {output.name: output.per for output in manifest.outputs}
-    if "start_logits" in per:
-        return "question_answering"
-    if "logits" in per:
-        return "token_classification" if per["logits"] == "token" else "sequence_classification"
-    return "embedding" if "sentence_embedding" in per else "raw"
-
-
 def read(manifest: Manifest, outputs: Mapping[str, Array], sequences: Sequence[Tokens]) -> list[Result]:
     """One JSON-ready result per sequence."""
-    reader = READERS[kind_of(manifest)]
+    reader = READERS[manifest.head.problem_type or manifest.head.kind]
     results = []
     for row, sequence in enumerate(sequences):
         own = {
@@ -61,6 +51,10 @@ def _label(labels: Sequence[str], index: int) -> str:
 def _softmax(logits: Array) -> Array:
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+
+
+def _sigmoid(logits: Array) -> Array:
+    return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
 
 
 def _answer(outputs: Mapping[str, Array], sequence: Tokens, _: Sequence[str]) -> Result:
@@ -90,6 +84,21 @@ def _class(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Re
     return {"label": _label(labels, index), "index": index, "probability": float(probabilities[index]), "probabilities": named}
 
 
+def _classes(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Result:
+    """Every label on its own: those that are more likely than not, and the probability of each."""
+    probabilities = _sigmoid(outputs["logits"])
+    named = {_label(labels, i): float(p) for i, p in enumerate(probabilities)}
+    return {"labels": [label for label, p in named.items() if p > 0.5], "probabilities": named}
+
+
+def _scores(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Result:
+    """The logits as they are: a score, or one for each of several labels."""
+    values = outputs["logits"]
+    if len(values) == 1:
+        return {"score": float(values[0])}
+    return {"scores": {_label(labels, i): float(value) for i, value in enumerate(values)}}
+
+
 def _tags(outputs: Mapping[str, Array], sequence: Tokens, labels: Sequence[str]) -> Result:
     probabilities = _softmax(outputs["logits"])
     tags = []
@@ -115,9 +124,11 @@ def _raw(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Resu
 
 READERS: dict[str, Callable[[Mapping[str, Array], Tokens, Sequence[str]], Result]] = {
     "question_answering": _answer,
-    "sequence_classification": _class,
+    "single_label_classification": _class,
+    "multi_label_classification": _classes,
+    "regression": _scores,
     "token_classification": _tags,
     "embedding": _embedding,
     "raw": _raw,
 }
-"""Kind of head to the function that reads one sequence's outputs."""
+"""Kind of head, or what it is used for where it can be several things, to the function that reads one sequence's outputs."""

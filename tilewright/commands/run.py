@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tilewright.commands.results import Tokens
     from tilewright.engine import Engine
+    from tilewright.manifest import Head
 
     Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -42,7 +43,7 @@ def run(
     if output is not None and not output.parent.is_dir():
         raise InvalidInput(f"cannot write {output}: {output.parent} is not a directory")
     from tilewright.commands.arrays import read_arrays, write_arrays
-    from tilewright.commands.results import kind_of, read
+    from tilewright.commands.results import read
     from tilewright.engine import load
 
     engine = load(artifact, threads, isa)
@@ -58,12 +59,21 @@ def run(
         sequences = _sequences(inputs, texts, _encode(artifact, engine, plain, truncate))
     if output is not None:
         write_arrays(output, outputs)
-    kind, results = kind_of(engine.manifest), read(engine.manifest, outputs, sequences)
+    head, results = engine.manifest.head, read(engine.manifest, outputs, sequences)
     if as_json:
         shapes = {name: list(array.shape) for name, array in outputs.items()}
-        print_json({"artifact": str(artifact), "isa": engine.level.name, "kind": kind, "outputs": shapes, "results": results})
+        print_json(
+            {
+                "artifact": str(artifact),
+                "isa": engine.level.name,
+                "kind": head.kind,
+                "problem_type": head.problem_type,
+                "outputs": shapes,
+                "results": results,
+            }
+        )
     else:
-        _print(kind, results, outputs)
+        _print(head, results, outputs)
 
 
 def _encode(artifact: Path, engine: Engine, texts: Any, truncate: bool) -> list[Any]:
@@ -96,8 +106,8 @@ def _sequences(inputs: Arrays, texts: list[Any] | None = None, encodings: list[A
     return rows
 
 
-def _print(kind: str, results: list[dict[str, Any]], outputs: Arrays) -> None:
-    console = stdout()
+def _print(head: Head, results: list[dict[str, Any]], outputs: Arrays) -> None:
+    console, kind = stdout(), head.kind
     for number, result in enumerate(results):
         title = " | ".join(result.get("texts", ())) or f"sequence {number} ({result['tokens']} tokens)"
         console.print(title, markup=False, style="bold")
@@ -105,7 +115,7 @@ def _print(kind: str, results: list[dict[str, Any]], outputs: Arrays) -> None:
             answer = result.get("answer", f"tokens {result['start_token']} to {result['end_token']}")
             console.print(f"  {answer} ({result['probability']:.1%})", markup=False)
         elif kind == "sequence_classification":
-            console.print(f"  {result['label']} ({result['probability']:.1%})", markup=False)
+            console.print(f"  {_verdict(result)}", markup=False)
         elif kind == "token_classification":
             grid = table("token", "label", "probability", left=2)
             for tag in result["labels"]:
@@ -122,11 +132,22 @@ def _print(kind: str, results: list[dict[str, Any]], outputs: Arrays) -> None:
             console.print(f"{name}: {array.dtype} {array.shape}", markup=False)
 
 
+def _verdict(result: dict[str, Any]) -> str:
+    """The class, the classes or the scores of a sequence, whichever its head gives."""
+    if "label" in result:
+        return f"{result['label']} ({result['probability']:.1%})"
+    if "probabilities" in result:
+        return ", ".join(f"{label} ({result['probabilities'][label]:.1%})" for label in result["labels"]) or "no label"
+    if "score" in result:
+        return f"{result['score']:.4f}"
+    return ", ".join(f"{label} {value:.4f}" for label, value in result["scores"].items())
+
+
 def _print_similarities(outputs: Arrays) -> None:
     import numpy as np
 
     vectors = np.asarray(outputs["sentence_embedding"], np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     grid = table("cosine", *(str(i + 1) for i in range(len(vectors))))
     for number, row in enumerate(vectors @ vectors.T):
         grid.add_row(str(number + 1), *(f"{value:.3f}" for value in row))
