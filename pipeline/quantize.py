@@ -26,6 +26,10 @@ from tilewright.pipeline.checkpoint import write_checkpoint
 
 METHODS: tuple[Method, ...] = ("minmax", "percentile")
 
+WEIGHT_BITS = (8, 7)
+"""Bits of a weight, which is stored as s8 in any case. With 7, more products of bytes fit the sums of 16 bits with which CPUs
+without VNNI are fast (`codegen/budget.py`)."""
+
 
 def quantize(
     model: str | PathLike[str] | EncoderModel,
@@ -35,11 +39,13 @@ def quantize(
     percentile: float = 99.999,
     max_length: int = 128,
     progress: Progress = lambda done, total: None,
+    weight_bits: int = 8,
 ) -> Path:
     """Quantise a float `model` on `texts` into the new directory `output`, which `tilewright.frontend.load` reads.
 
-    Weights become s8 per output channel, inputs of Linears u8 and query, key and value s8, per tensor, with ranges seen
-    on `texts` cut to `max_length` tokens. `output` appears only when complete, with provenance.json on how it was made.
+    Weights become s8 per output channel (of 7 `weight_bits` -63..63), inputs of Linears u8 and query, key and value s8, per
+    tensor, with ranges seen on `texts` cut to `max_length` tokens. `output` appears only when complete, with provenance.json on
+    how it was made.
 
     The default percentile spares the few outlier channels of BERT's LayerNorms: 99.99 costs MiniLM 0.07 of its
     embeddings' cosine to float.
@@ -47,7 +53,7 @@ def quantize(
     Raises InvalidInput for options, texts or an output that cannot be used, and what `load` raises.
     """
     texts = [text for text in texts if text.strip()]
-    _check_options(texts, method, percentile, max_length)
+    _check_options(texts, method, percentile, max_length, weight_bits)
     target = Path(output)
     if target.exists():
         raise InvalidInput(f"output {target} exists; remove it or choose another")
@@ -56,50 +62,52 @@ def quantize(
         raise InvalidInput("the model is quantised already; give the float checkpoint it was made from")
     with _scratch(target) as scratch:
         ranges = calibrate(source, texts, method, percentile, max_length, progress)
-        result = apply_ranges(source, ranges)
+        result = apply_ranges(source, ranges, weight_bits)
         write_checkpoint(result, scratch)
         settings = {"method": method, "percentile": percentile, "max_length": max_length, "texts": len(texts)}
+        settings["weight_bits"] = weight_bits
         if method == "minmax":
             del settings["percentile"]
         _write_provenance(model, source, texts, settings, scratch)
     return target
 
 
-def apply_ranges(model: EncoderModel, ranges: Mapping[str, Range]) -> EncoderModel:
+def apply_ranges(model: EncoderModel, ranges: Mapping[str, Range], weight_bits: int = 8) -> EncoderModel:
     """Quantise the encoder of a float `model` with activation `ranges` as `calibrate` returns them."""
-    layers = tuple(_layer(layer, index, ranges) for index, layer in enumerate(model.layers))
+    layers = tuple(_layer(layer, index, ranges, weight_bits) for index, layer in enumerate(model.layers))
     return replace(model, layers=layers)
 
 
-def quantize_linear(linear: Linear, activation: Quantization) -> Linear:
+def quantize_linear(linear: Linear, activation: Quantization, weight_bits: int = 8) -> Linear:
     """Quantise the weight of `linear` to s8 per output channel, symmetric, rounding to nearest even."""
+    most = 2 ** (weight_bits - 1) - 1
     largest = np.abs(linear.weight).max(axis=1)
-    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
-    weight = np.clip(np.rint(linear.weight / scale[:, None]), -127, 127).astype(np.int8)
+    scale = np.where(largest > 0, largest / np.float32(most), np.float32(1)).astype(np.float32)
+    weight = np.clip(np.rint(linear.weight / scale[:, None]), -most, most).astype(np.int8)
     return replace(linear, weight=weight, scale=scale, input=activation, block=detect_block(weight))
 
 
-def _layer(layer: Layer, index: int, ranges: Mapping[str, Range]) -> Layer:
+def _layer(layer: Layer, index: int, ranges: Mapping[str, Range], bits: int) -> Layer:
     attention = layer.attention
     shared, context, up, down = (asymmetric(ranges[f"{index}.{name}.input"]) for name in ("attention", "output", "up", "down"))
     return replace(
         layer,
         attention=replace(
             attention,
-            query=quantize_linear(attention.query, shared),
-            key=quantize_linear(attention.key, shared),
-            value=quantize_linear(attention.value, shared),
-            output=quantize_linear(attention.output, context),
+            query=quantize_linear(attention.query, shared, bits),
+            key=quantize_linear(attention.key, shared, bits),
+            value=quantize_linear(attention.value, shared, bits),
+            output=quantize_linear(attention.output, context, bits),
             query_scale=symmetric(ranges[f"{index}.query"]),
             key_scale=symmetric(ranges[f"{index}.key"]),
             value_scale=symmetric(ranges[f"{index}.value"]),
         ),
-        up=quantize_linear(layer.up, up),
-        down=quantize_linear(layer.down, down),
+        up=quantize_linear(layer.up, up, bits),
+        down=quantize_linear(layer.down, down, bits),
     )
 
 
-def _check_options(texts: Sequence[str], method: str, percentile: float, max_length: int) -> None:
+def _check_options(texts: Sequence[str], method: str, percentile: float, max_length: int, weight_bits: int) -> None:
     if not texts:
         raise InvalidInput("no calibration text given; a few hundred sentences like those of the application work well")
     if method not in METHODS:
@@ -108,6 +116,8 @@ def _check_options(texts: Sequence[str], method: str, percentile: float, max_len
         raise InvalidInput(f"percentile is {percentile}; choose one above 50, up to 100, such as 99.999")
     if max_length < 1:
         raise InvalidInput(f"max_length is {max_length}; it is a number of tokens, at least 1")
+    if weight_bits not in WEIGHT_BITS:
+        raise InvalidInput(f"weight_bits is {weight_bits}; choose one of {', '.join(map(str, WEIGHT_BITS))}")
 
 
 @contextmanager

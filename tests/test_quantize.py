@@ -127,6 +127,17 @@ def test_pruned_blocks_survive(checkpoint: Path, tmp_path: Path) -> None:
     assert model.layers[0].down.block is None
 
 
+def test_weights_of_7_bits(checkpoint: Path, quantized: Path, tmp_path: Path) -> None:
+    float_model, model = load(checkpoint), load(quantize(checkpoint, TEXTS, tmp_path / "out", weight_bits=7))
+    for linear, real in zip(model.linears(), float_model.linears(), strict=True):
+        assert np.abs(linear.weight.astype(int)).max(axis=1).tolist() == [63] * len(linear.weight)
+        assert linear.scale is not None
+        assert (np.abs(linear.weight * linear.scale[:, None] - real.weight) <= 0.5001 * linear.scale[:, None]).all()
+    settings = json.loads((tmp_path / "out" / "provenance.json").read_text())["steps"][0]["settings"]
+    assert settings["weight_bits"] == 7
+    assert json.loads((quantized / "provenance.json").read_text())["steps"][0]["settings"]["weight_bits"] == 8
+
+
 def test_progress_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     quantize(checkpoint, TEXTS, tmp_path / "out", "percentile", progress=lambda done, total: seen.append((done, total)))
@@ -148,6 +159,7 @@ def test_arguments_are_checked(checkpoint: Path, quantized: Path, tmp_path: Path
     refused(lambda: quantize(checkpoint, TEXTS, out, "entropy"), InvalidInput, "entropy", "minmax, percentile")
     refused(lambda: quantize(checkpoint, TEXTS, out, percentile=0.9999), InvalidInput, "percentile is 0.9999")
     refused(lambda: quantize(checkpoint, TEXTS, out, max_length=0), InvalidInput, "max_length is 0")
+    refused(lambda: quantize(checkpoint, TEXTS, out, weight_bits=4), InvalidInput, "weight_bits is 4", "8, 7")
     refused(lambda: quantize(quantized, TEXTS, out), InvalidInput, "quantised already")
     refused(lambda: quantize(checkpoint, TEXTS, quantized), InvalidInput, "exists")
     refused(lambda: quantize(tmp_path / "absent", TEXTS, out), InvalidModel, "does not exist")

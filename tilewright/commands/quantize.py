@@ -18,6 +18,10 @@ def quantize(
     method: Annotated[str, typer.Option(help="How activation ranges are chosen: minmax or percentile.")] = "minmax",
     percentile: Annotated[float, typer.Option(help="Share of values that a range covers, for --method percentile.")] = 99.999,
     max_length: Annotated[int, typer.Option(help="Tokens to which a text is cut.")] = 128,
+    weight_bits: Annotated[
+        int,
+        typer.Option(help="Bits of a weight: 8, or 7 for models meant for CPUs without VNNI."),
+    ] = 8,
     as_json: Json = False,
 ) -> None:
     """Quantise a float model to INT8 with ranges seen on calibration texts."""
@@ -25,10 +29,28 @@ def quantize(
     from tilewright.pipeline import quantize as quantize_model
 
     with progress_bar("calibrating") as progress:
-        path = quantize_model(model, lines, output, method, percentile, max_length, progress)  # type: ignore[arg-type]  # checked there
+        path = quantize_model(
+            model,
+            lines,
+            output,
+            method,  # type: ignore[arg-type]  # checked there
+            percentile,
+            max_length,
+            progress,
+            weight_bits,
+        )
     size = sum(file.stat().st_size for file in path.iterdir())
     if as_json:
-        print_json({"model": str(path), "texts": len(lines), "method": method, "max_length": max_length, "bytes": size})
+        print_json(
+            {
+                "model": str(path),
+                "texts": len(lines),
+                "method": method,
+                "max_length": max_length,
+                "weight_bits": weight_bits,
+                "bytes": size,
+            }
+        )
     else:
         stdout().print(f"{path}: INT8, {size / 1e6:.1f} MB, calibrated on {len(lines)} texts ({method})", markup=False)
 
