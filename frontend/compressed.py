@@ -11,26 +11,31 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.block_sparse import detect_block
-from tilewright.codegen.model import Linear, Quantization
+from tilewright.codegen.model import Float, Linear, Quantization
 from tilewright.errors import InvalidModel, UnsupportedModel
-from tilewright.frontend.tensors import Checkpoint
+from tilewright.frontend.packed import is_packed, packed_weight
+from tilewright.frontend.tensors import Checkpoint, finite
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "int-quantized"
+PACKED_FORMAT = "int-quantized-blocks"
+"""Ours: the same, with only the non-zero blocks of weights stored (`tilewright.frontend.packed`)."""
 
 
 def check_quantization(config: dict[str, Any]) -> None:
-    """Raise UnsupportedModel unless config.json's `quantization_config` names the one format that is read."""
+    """Raise UnsupportedModel unless config.json's `quantization_config` names a format that is read."""
     method, form = config.get("quant_method"), config.get("format")
-    if (method, form) != (QUANT_METHOD, FORMAT):
+    if method != QUANT_METHOD or form not in (FORMAT, PACKED_FORMAT):
         raise UnsupportedModel(
-            f"quantization_config is {method} {form}; supported: {QUANT_METHOD} {FORMAT}, or a float checkpoint"
+            f"quantization_config is {method} {form}; supported: {QUANT_METHOD} {FORMAT} and {PACKED_FORMAT}, "
+            "or a float checkpoint"
         )
 
 
 def int8_linear(checkpoint: Checkpoint, name: str, n: int, k: int, notes: list[str]) -> Linear:
     """Take the quantised Linear `name` [n, k]; a weight of -128 is saturated to -127 and noted."""
-    weight = checkpoint.int8(f"{name}.weight", n, k)
+    packed = is_packed(checkpoint, name)
+    weight = packed_weight(checkpoint, name, n, k) if packed else checkpoint.int8(f"{name}.weight", n, k)
     extreme = int((weight == -128).sum())
     if extreme:
         notes.append(f"saturated {extreme} weights of -128 to -127 in {name}")
@@ -54,6 +59,14 @@ def float_linear(checkpoint: Checkpoint, name: str, n: int, k: int, notes: list[
     """Take the float Linear `name` [n, k]."""
     weight = checkpoint.floats(f"{name}.weight", n, k)
     return Linear(name, weight, checkpoint.floats(f"{name}.bias", n), block=detect_block(weight))
+
+
+def embedding_table(checkpoint: Checkpoint, name: str, rows: int, channels: int) -> Float:
+    """Take the table f32[rows, channels] of the Embedding `name`, whose rows may be s8 beside scales f32[rows, 1]."""
+    if f"{name}.weight_scale" not in checkpoint:
+        return checkpoint.floats(f"{name}.weight", rows, channels)
+    scale = checkpoint.floats(f"{name}.weight_scale", rows, 1)
+    return finite(f"{name}.weight", checkpoint.int8(f"{name}.weight", rows, channels) * scale)
 
 
 def positive(checkpoint: Checkpoint, name: str) -> float:

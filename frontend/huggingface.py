@@ -18,7 +18,7 @@ from tilewright.codegen.model import (
     ProblemType,
 )
 from tilewright.errors import InvalidModel, UnsupportedModel
-from tilewright.frontend.compressed import check_quantization, float_linear, int8_linear, positive
+from tilewright.frontend.compressed import check_quantization, embedding_table, float_linear, int8_linear, positive
 from tilewright.frontend.config import read_json
 from tilewright.frontend.families import FAMILIES
 from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
@@ -96,7 +96,7 @@ class _Reader:
             count = _integer(self.settings, family.settings.token_types)
             types = floats(f"{family.token_type}.weight", count, hidden)
         return Embeddings(
-            word=floats(f"{family.word}.weight", config.vocab_size, hidden),
+            word=embedding_table(self.checkpoint, family.word, config.vocab_size, hidden),
             position=floats(f"{family.position}.weight", config.max_positions, hidden),
             token_type=types,
             norm=self.norm(family.embeddings_norm),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -17,6 +17,7 @@ from tilewright.errors import InvalidModel
 # a bfloat16 is the upper half of a float32, so it is read as u16 and widened
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 _OTHERS = {"BOOL": "?", "I16": "<i2"}  # only ever in tensors declared unused
+Integer = TypeVar("Integer", np.int8, np.uint8)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -44,12 +45,16 @@ class Checkpoint:
             raise InvalidModel(f"tensor {name} is {tensor.dtype}, expected floating point; export the model again")
         return finite(name, np.ascontiguousarray(tensor, np.float32))
 
+    def integers(self, name: str, dtype: type[Integer], *shape: int | None) -> NDArray[Integer]:
+        """Take tensor `name` as `dtype`[shape]; raises InvalidModel if it is missing or has another shape or type."""
+        tensor = self._take(name, shape)
+        if tensor.dtype != dtype:
+            raise InvalidModel(f"tensor {name} is {tensor.dtype}, expected {dtype.__name__} as the quantization_config says")
+        return np.ascontiguousarray(tensor)
+
     def int8(self, name: str, *shape: int | None) -> NDArray[np.int8]:
         """Take tensor `name` as s8[shape]; raises InvalidModel if it is missing or has another shape or type."""
-        tensor = self._take(name, shape)
-        if tensor.dtype != np.int8:
-            raise InvalidModel(f"tensor {name} is {tensor.dtype}, expected int8 as the quantization_config says")
-        return np.ascontiguousarray(tensor)
+        return self.integers(name, np.int8, *shape)
 
     def scalar(self, name: str) -> float:
         """Take the only element of tensor `name`; raises InvalidModel if it has another number or is not finite."""

@@ -13,23 +13,26 @@ from safetensors.numpy import save_file
 
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear
 from tilewright.errors import UnsupportedModel
-from tilewright.frontend.compressed import FORMAT, QUANT_METHOD
+from tilewright.frontend.compressed import FORMAT, PACKED_FORMAT, QUANT_METHOD
 from tilewright.frontend.families import FAMILIES
 from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
+from tilewright.frontend.packed import pack_weight
 from tilewright.frontend.sentence_transformers import write_embedding
 
 Tensors = dict[str, NDArray[Any]]
 
 
-def write_checkpoint(model: EncoderModel, path: Path) -> None:
+def write_checkpoint(model: EncoderModel, path: Path, packed: bool = False) -> None:
     """Write config.json, model.safetensors and tokenizer.json of a quantised `model` into the directory `path`.
+
+    `packed` stores only the non-zero blocks of sparse weights, and the word embeddings as s8 with a scale for each word.
 
     Raises UnsupportedModel for a head or LayerNorm that the architecture's config.json cannot express.
     """
     family = FAMILIES[model.config.architecture]
     _check_expressible(model, family)
-    (path / "config.json").write_text(json.dumps(_config(model, family), indent=2) + "\n", encoding="utf-8")
-    save_file(_tensors(model, family), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(_config(model, family, packed), indent=2) + "\n", encoding="utf-8")
+    save_file(_tensors(model, family, packed), path / "model.safetensors", metadata={"format": "pt"})
     write_embedding(model, path)
     if model.tokenizer is not None:
         (path / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
@@ -49,7 +52,7 @@ def _head_names(model: EncoderModel, family: Family) -> HeadNames:
     return next(head for head in family.heads.values() if head.kind == model.head.kind)
 
 
-def _config(model: EncoderModel, family: Family) -> dict[str, Any]:
+def _config(model: EncoderModel, family: Family, packed: bool) -> dict[str, Any]:
     config, keys = model.config, family.settings
     settings: dict[str, Any] = {
         "model_type": family.model_type,
@@ -61,7 +64,7 @@ def _config(model: EncoderModel, family: Family) -> dict[str, Any]:
         keys.activation: next(name for name, kind in ACTIVATIONS.items() if kind == config.activation),
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_positions,
-        "quantization_config": quantization_config(list(_head_linears(model, family))),
+        "quantization_config": quantization_config(list(_head_linears(model, family)), PACKED_FORMAT if packed else FORMAT),
     }
     if keys.layer_norm_eps:
         settings[keys.layer_norm_eps] = model.embeddings.norm.eps
@@ -75,12 +78,12 @@ def _config(model: EncoderModel, family: Family) -> dict[str, Any]:
     return settings
 
 
-def quantization_config(ignore: list[str]) -> dict[str, Any]:
+def quantization_config(ignore: list[str], form: str = FORMAT) -> dict[str, Any]:
     """Return the `quantization_config` of s8 weights per channel and static 8-bit activations per tensor."""
     integer = {"num_bits": 8, "type": "int"}
     return {
         "quant_method": QUANT_METHOD,
-        "format": FORMAT,
+        "format": form,
         "quantization_status": "compressed",
         "ignore": ignore,
         "config_groups": {
@@ -101,17 +104,17 @@ def _head_linears(model: EncoderModel, family: Family) -> dict[str, Linear]:
     return {name: linear for name, linear in named if name is not None and linear is not None}
 
 
-def _tensors(model: EncoderModel, family: Family) -> Tensors:
+def _tensors(model: EncoderModel, family: Family, packed: bool) -> Tensors:
     embeddings = model.embeddings
     tensors: Tensors = {
-        f"{family.word}.weight": embeddings.word,
+        **(_quantized_rows(family.word, embeddings.word) if packed else {f"{family.word}.weight": embeddings.word}),
         f"{family.position}.weight": embeddings.position,
         **_norm(family.embeddings_norm, embeddings.norm),
     }
     if family.token_type and embeddings.token_type is not None:
         tensors[f"{family.token_type}.weight"] = embeddings.token_type
     for index, layer in enumerate(model.layers):
-        tensors |= _layer(family, family.layer.format(index), layer)
+        tensors |= _layer(family, family.layer.format(index), layer, packed)
     # a model with a head keeps its encoder under a prefix, the bare encoder does not
     if model.head.kind != "none":
         tensors = {family.prefix + name: tensor for name, tensor in tensors.items()}
@@ -120,7 +123,7 @@ def _tensors(model: EncoderModel, family: Family) -> Tensors:
     return tensors
 
 
-def _layer(family: Family, prefix: str, layer: Layer) -> Tensors:
+def _layer(family: Family, prefix: str, layer: Layer, packed: bool) -> Tensors:
     attention = layer.attention
     linears: Mapping[str, Linear] = {
         family.query: attention.query,
@@ -132,22 +135,32 @@ def _layer(family: Family, prefix: str, layer: Layer) -> Tensors:
     }
     tensors: Tensors = {}
     for name, linear in linears.items():
-        tensors |= _linear(prefix + name, linear)
+        tensors |= _linear(prefix + name, linear, packed)
     for operand, scale in zip("qkv", (attention.query_scale, attention.key_scale, attention.value_scale), strict=True):
         tensors[f"{prefix}{family.attention}.{operand}_scale"] = np.array([scale], np.float32)
     tensors |= _norm(prefix + family.attention_norm, layer.attention_norm)
     return tensors | _norm(prefix + family.output_norm, layer.output_norm)
 
 
-def _linear(name: str, linear: Linear) -> Tensors:
+def _linear(name: str, linear: Linear, packed: bool) -> Tensors:
     assert linear.scale is not None and linear.input is not None
-    return {
-        f"{name}.weight": linear.weight,
+    weight: Tensors = {f"{name}.weight": linear.weight}
+    if packed and linear.block is not None:
+        blocks, bits = pack_weight(linear.weight.astype(np.int8), linear.block)
+        weight = {f"{name}.weight_blocks": blocks, f"{name}.weight_bitmask": bits}
+    return weight | {
         f"{name}.bias": linear.bias,
         f"{name}.weight_scale": linear.scale[:, None],
         f"{name}.input_scale": np.array([linear.input.scale], np.float32),
         f"{name}.input_zero_point": np.array([linear.input.zero_point - 128], np.int8),
     }
+
+
+def _quantized_rows(name: str, table: NDArray[Any]) -> Tensors:
+    """Rows of an embedding as s8, symmetric, rounded to nearest even, beside a scale for each."""
+    largest = np.abs(table).max(axis=1, keepdims=True)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    return {f"{name}.weight": np.rint(table / scale).astype(np.int8), f"{name}.weight_scale": scale}
 
 
 def _norm(name: str, norm: LayerNorm) -> Tensors:

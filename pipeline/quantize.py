@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tilewright.artifact import sha256
 from tilewright.codegen.block_sparse import detect_block
 from tilewright.codegen.model import EncoderModel, Layer, Linear, Quantization
 from tilewright.errors import InvalidInput
 from tilewright.frontend import load
 from tilewright.pipeline.calibration import Method, Progress, Range, asymmetric, calibrate, symmetric
 from tilewright.pipeline.checkpoint import write_checkpoint
+from tilewright.pipeline.provenance import append_step
 
 METHODS: tuple[Method, ...] = ("minmax", "percentile")
 
@@ -60,15 +58,17 @@ def quantize(
     source = model if isinstance(model, EncoderModel) else load(model)
     if any(linear.quantized for linear in source.linears()):
         raise InvalidInput("the model is quantised already; give the float checkpoint it was made from")
-    with _scratch(target) as scratch:
+    with scratch_directory(target) as scratch:
         ranges = calibrate(source, texts, method, percentile, max_length, progress)
         result = apply_ranges(source, ranges, weight_bits)
         write_checkpoint(result, scratch)
-        settings = {"method": method, "percentile": percentile, "max_length": max_length, "texts": len(texts)}
+        settings: dict[str, Any] = {"method": method, "percentile": percentile, "max_length": max_length, "texts": len(texts)}
         settings["weight_bits"] = weight_bits
         if method == "minmax":
             del settings["percentile"]
-        _write_provenance(model, source, texts, settings, scratch)
+        settings["texts_sha256"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+        given = {"model": fingerprint(source)}
+        append_step("quantize", settings, None if isinstance(model, EncoderModel) else Path(model), scratch, given)
     return target
 
 
@@ -121,7 +121,7 @@ def _check_options(texts: Sequence[str], method: str, percentile: float, max_len
 
 
 @contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
+def scratch_directory(target: Path) -> Iterator[Path]:
     """Directory beside `target` that is renamed to it on success and removed on any failure."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,40 +138,9 @@ def _scratch(target: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_provenance(
-    model: str | PathLike[str] | EncoderModel,
-    source: EncoderModel,
-    texts: Sequence[str],
-    settings: Mapping[str, Any],
-    path: Path,
-) -> None:
-    given = {"model": fingerprint(source)} if isinstance(model, EncoderModel) else _file_hashes(Path(model))
-    step = {
-        "step": "quantize",
-        "settings": {**settings, "texts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest()},
-        "input_sha256": given,
-        "output_sha256": _file_hashes(path),
-        "versions": {name: version(name) for name in ("tilewright", "torch", "tokenizers", "numpy")},
-    }
-    (path / "provenance.json").write_text(json.dumps({"steps": [step]}, indent=2) + "\n", encoding="utf-8")
-
-
 def fingerprint(model: EncoderModel) -> str:
     """sha256 over the encoder's weights, for a model that is in memory only."""
     digest = hashlib.sha256()
     for linear in model.linears():
         digest.update(np.ascontiguousarray(linear.weight).tobytes())
     return digest.hexdigest()
-
-
-def _file_hashes(path: Path) -> dict[str, str]:
-    """sha256 of the file at `path`, or of the model's files in the directory, by name."""
-    return {file.name: sha256(file) for file in _model_files(path)}
-
-
-def _model_files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    for pattern in ("config.json", "tokenizer.json", "*.safetensors", "*.onnx"):
-        yield from sorted(path.glob(pattern))

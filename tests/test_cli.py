@@ -106,6 +106,14 @@ def test_quantize_and_compile_report_what_they_wrote(tagger: Path, tmp_path: Pat
     assert set(made["bytes"]) == {"manifest.json", "model.portable.so", "weights.safetensors", "tokenizer.json"}
 
 
+def test_pack(tagger: Path, tmp_path: Path) -> None:
+    made = ok_json("pack", tagger / "int8", "-o", tmp_path / "packed")
+    assert made["bytes"] == sum(file.stat().st_size for file in (tmp_path / "packed").iterdir())
+    assert "packed" in ok("pack", tmp_path / "packed", "-o", tmp_path / "again")
+    assert "not quantised" in refused(2, "pack", tagger / "float", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_compile_names_the_artifact_after_the_model(tagger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "int8.tw: portable" in ok("compile", tagger / "int8", "--target", "portable")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tilewright.commands import benchmark, compile, hardware, inspect, quantize, run
+from tilewright.commands import benchmark, compile, hardware, inspect, pack, quantize, run
 from tilewright.commands.output import fail
 from tilewright.errors import TilewrightError
 
@@ -75,6 +75,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)
+app.command("pack")(pack.pack)
 app.command("compile")(compile.compile)
 app.command("run")(run.run)
 app.command("benchmark")(benchmark.benchmark)
