@@ -89,15 +89,9 @@ def dequantized(model: EncoderModel) -> EncoderModel:
     """Return the float model that a quantised one stands for."""
 
     def real(linear: Linear) -> Linear:
-        assert linear.scale is not None
-        return replace(linear, weight=linear.weight * linear.scale[:, None], scale=None, input=None)
+        return replace(linear, weight=linear.real_weight, scale=None, input=None)
 
-    layers = []
-    for layer in model.layers:
-        names = ("query", "key", "value", "output")
-        attention = replace(layer.attention, **{name: real(getattr(layer.attention, name)) for name in names})
-        layers.append(replace(layer, attention=attention, up=real(layer.up), down=real(layer.down)))
-    return replace(model, layers=tuple(layers))
+    return model.map_linears(real)
 
 
 def _inputs(weights: EncoderModel, inputs: EncoderModel) -> Mapping[str, Mapping[str, Linear]]:

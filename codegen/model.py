@@ -7,7 +7,8 @@ the residual stream, LayerNorm, softmax internals and the activation function ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -32,7 +33,8 @@ class Quantization:
 class Linear:
     """y = x @ weight.T + bias.
 
-    Quantised: weight s8[N, K] in -127..127, scale f32[N] (per output channel), input the u8 quantisation of x.
+    Quantised: weight s8[N, K] in -127..127, scale f32[N] (per output channel), input the u8 quantisation of x, or None where
+    only weights are quantised so far.
     Float: weight f32[N, K], scale and input None. bias is f32[N] in both. `block` is the sparse block found, if any.
     """
 
@@ -47,6 +49,11 @@ class Linear:
     def quantized(self) -> bool:
         """Whether the weight is s8."""
         return self.scale is not None
+
+    @property
+    def real_weight(self) -> Float:
+        """The weight f32[N, K] that is meant: dequantised if it is s8."""
+        return np.asarray(self.weight, np.float32) if self.scale is None else self.weight * self.scale[:, None]
 
 
 @dataclass(frozen=True)
@@ -154,10 +161,22 @@ class EncoderModel:
 
     @property
     def quantized(self) -> bool:
-        """Whether every encoder Linear is s8 and every attention scale is known."""
-        return all(linear.quantized for linear in self.linears()) and all(
+        """Whether every encoder Linear is s8, and its input's quantisation and every attention scale is known."""
+        return all(linear.quantized and linear.input is not None for linear in self.linears()) and all(
             layer.attention.query_scale is not None for layer in self.layers
         )
+
+    def map_linears(self, change: Callable[[Linear], Linear]) -> EncoderModel:
+        """Return the model with `change` applied to each of the encoder's Linears; the head's are not among them."""
+
+        def layer(old: Layer) -> Layer:
+            query, key, value, output = map(
+                change, (old.attention.query, old.attention.key, old.attention.value, old.attention.output)
+            )
+            attention = replace(old.attention, query=query, key=key, value=value, output=output)
+            return replace(old, attention=attention, up=change(old.up), down=change(old.down))
+
+        return replace(self, layers=tuple(map(layer, self.layers)))
 
     def linears(self) -> tuple[Linear, ...]:
         """The encoder's Linears in the order in which data passes through them; the head's are not among them."""

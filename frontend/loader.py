@@ -20,12 +20,13 @@ class Format:
 
     name: str
     find: Callable[[Path], Path | None]
-    load: Callable[[Path], EncoderModel]
+    load: Callable[[Path, bool], EncoderModel]
 
 
-def load(path: str | PathLike[str]) -> EncoderModel:
+def load(path: str | PathLike[str], self_check: bool = True) -> EncoderModel:
     """Read the model at `path`: an ONNX file, a directory with one, or a Hugging Face directory, float or quantised.
 
+    self_check: run an ONNX graph beside the model that was read, and refuse it where they differ.
     Raises InvalidModel for damaged or inconsistent files and UnsupportedModel for what Tilewright cannot run.
     """
     place = Path(path)
@@ -33,7 +34,7 @@ def load(path: str | PathLike[str]) -> EncoderModel:
         raise InvalidModel(f"{place} does not exist; give {_supported()}")
     for form in FORMATS:
         if (file := form.find(place)) is not None:
-            return form.load(file)
+            return form.load(file, self_check)
     raise UnsupportedModel(f"{place} is not a model in a supported format; give {_supported()}")
 
 
@@ -41,6 +42,10 @@ def _find_directory(path: Path) -> Path | None:
     if (path / MODULES).exists():
         return path
     return path if (path / "config.json").is_file() and any(path.glob("*.safetensors")) else None
+
+
+def _load_directory(path: Path, self_check: bool) -> EncoderModel:
+    return load_directory(path)  # names say what its tensors are
 
 
 def _find_onnx(path: Path) -> Path | None:
@@ -57,6 +62,6 @@ def _supported() -> str:
 
 
 FORMATS = (
-    Format("a Hugging Face directory (config.json and *.safetensors)", _find_directory, load_directory),
+    Format("a Hugging Face directory (config.json and *.safetensors)", _find_directory, _load_directory),
     Format("an .onnx file or a directory with one", _find_onnx, load_onnx),
 )

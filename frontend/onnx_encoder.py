@@ -17,7 +17,6 @@ from tilewright.codegen.model import (
     Embeddings,
     EncoderConfig,
     EncoderModel,
-    Float,
     Head,
     Layer,
     LayerNorm,
@@ -25,19 +24,26 @@ from tilewright.codegen.model import (
 )
 from tilewright.errors import InvalidModel, UnsupportedModel
 from tilewright.frontend.onnx_attention import Chain, read_attention
+from tilewright.frontend.onnx_check import check
+from tilewright.frontend.onnx_embeddings import read_embeddings
 from tilewright.frontend.onnx_graph import read_graph
 from tilewright.frontend.onnx_head import read_head
 from tilewright.frontend.onnx_linear import Product, Walker
 from tilewright.frontend.onnx_patterns import ACTIVATIONS, match
+from tilewright.frontend.onnx_probe import check_inputs
 
 
-def load_onnx(path: Path) -> EncoderModel:
+def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
     """Read the ONNX file at `path`; tokenizer.json and config.json (for the labels) beside it are used if present.
 
-    Raises UnsupportedModel for an opset, operator, architecture or head that is not supported, and InvalidModel for a
-    damaged file, values that are not finite, or a tensor that the recognised encoder has no use for.
+    What the graph's masks, positions, token types and reshapes are taken to be is checked on probes. With `self_check`, so is
+    every layer of the model that was read, in float32, against the graph without its quantised activations.
+    Raises UnsupportedModel for an opset, operator, architecture or head that is not supported, or if a check fails, and
+    InvalidModel for a damaged file, values that are not finite, or a tensor that the recognised encoder has no use for.
     """
-    walker = Walker(read_graph(path))
+    graph = read_graph(path)
+    check_inputs(graph)
+    walker = Walker(graph)
     found = read_head(walker)
     stream = _residual_stream(walker, found.hidden)
     norms = [walker.layer_norm(norm) for norm in map(walker.norm, stream) if norm is not None]
@@ -46,15 +52,15 @@ def load_onnx(path: Path) -> EncoderModel:
             f"{path.name} has {len(stream)} LayerNorms along its residual stream; supported: one after the embeddings "
             "and two per layer (post-norm encoders)"
         )
-    embeddings = _embeddings(walker, stream[0], norms[0])
+    embeddings, prober = read_embeddings(walker, stream[0], norms[0])
     reader = _LayerReader(walker, embeddings.word.shape[1])
     layers = tuple(
         reader.layer(i, stream[2 * i : 2 * i + 3], norms[2 * i + 1], norms[2 * i + 2]) for i in range(len(stream) // 2)
     )
     _check_all_used(walker)
     _check_uniform(layers)
-    _check_shapes(layers, reader.hidden)
     head = found.head
+    _check_shapes(embeddings, layers, head)
     config = EncoderConfig(
         architecture="distilbert" if embeddings.token_type is None else "bert",
         hidden_size=reader.hidden,
@@ -67,7 +73,9 @@ def load_onnx(path: Path) -> EncoderModel:
     )
     tokenizer = path.parent / "tokenizer.json"
     text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
-    return EncoderModel(config, embeddings, layers, head, text, walker.notes.report())
+    model = EncoderModel(config, embeddings, layers, head, text, walker.notes.report())
+    check(model, walker, prober, stream, self_check)
+    return model
 
 
 class _LayerReader:
@@ -152,39 +160,6 @@ def _residual_stream(walker: Walker, hidden: str) -> list[str]:
     return stream[::-1]
 
 
-def _embeddings(walker: Walker, value: str, norm: LayerNorm) -> Embeddings:
-    """Tables whose rows are added: one by input ids, one by position, and one by token types or by a constant type."""
-    graph = walker.graph
-    by_input: list[Float] = []
-    position: Float | None = None
-    constant_type: Float | None = None
-    found = walker.norm(value)
-    for term in walker.terms(found.values["x"], "embeddings") if found else ():
-        node = graph.node(term)
-        table = graph.constant(node.inputs[0]) if node is not None and node.op == "Gather" else None
-        if node is None or table is None or table.ndim != 2:
-            raise UnsupportedModel("the embeddings are not a sum of table rows; supported: word, position and token type")
-        walker.notes.drop(graph.source(term)[1], "embeddings")
-        table = np.ascontiguousarray(table, np.float32)
-        index = list(graph.ancestors(node.inputs[1], through_shape=False))
-        constants = [graph.constants[name] for name in index if name in graph.constants]
-        if graph.source(node.inputs[1])[0] in graph.inputs:
-            by_input.append(table)
-        elif any(name in graph.inputs for name in index):
-            raise UnsupportedModel("the positions depend on the input ids; supported: positions 0, 1, 2, ...")
-        elif any(array.size > 1 and not array.any() for array in constants):
-            constant_type = table[0]
-        else:
-            position = table
-    if position is None or not 1 <= len(by_input) <= 2:
-        raise UnsupportedModel("the embeddings lack a word or a position table; supported: BERT-like encoders")
-    word, *types = sorted(by_input, key=len, reverse=True)
-    if constant_type is not None:
-        position = position + constant_type
-        walker.notes.lines.append("added the only token type in use to the position embeddings")
-    return Embeddings(word, position, types[0] if types else None, norm)
-
-
 def _check_all_used(walker: Walker) -> None:
     """Raise InvalidModel if a float or quantised initializer of several values was not read; integers build shapes."""
     graph = walker.graph
@@ -199,35 +174,52 @@ def _check_all_used(walker: Walker) -> None:
 
 
 def _check_uniform(layers: tuple[Layer, ...]) -> None:
-    """Raise UnsupportedModel if only some parts of the encoder are quantised."""
-    states = {}
+    """Raise UnsupportedModel if only some parts of the encoder are quantised; weights may be without their inputs."""
+    inputs: dict[str, bool] = {}
+    weights: dict[str, bool] = {}
     for index, layer in enumerate(layers):
         attention = layer.attention
         scales = (attention.query_scale, attention.key_scale, attention.value_scale)
-        for name, scale in zip(("query", "key", "value"), scales, strict=True):
-            states[f"layer {index} attention {name}"] = scale is not None
-        for linear in (attention.query, attention.key, attention.value, attention.output, layer.up, layer.down):
-            states[linear.name] = linear.quantized
-    if len(set(states.values())) > 1:
-        missing = next(name for name, quantized in states.items() if not quantized)
-        raise UnsupportedModel(f"{missing} is not quantised but other parts are; quantise every Linear and attention operand")
+        linears = (attention.query, attention.key, attention.value, attention.output, layer.up, layer.down)
+        if any(linear.input is not None for linear in linears):
+            inputs |= {
+                f"layer {index} attention {n}": s is not None for n, s in zip(("query", "key", "value"), scales, strict=True)
+            }
+        inputs |= {f"the input of {linear.name}": linear.input is not None for linear in linears}
+        weights |= {linear.name: linear.quantized for linear in linears}
+    for states in (weights, inputs):
+        if len(set(states.values())) > 1:
+            missing = next(name for name, quantized in states.items() if not quantized)
+            raise UnsupportedModel(
+                f"{missing} is not quantised but other parts are; quantise every Linear and attention operand, or no activation"
+            )
 
 
-def _check_shapes(layers: tuple[Layer, ...], hidden: int) -> None:
-    """Raise InvalidModel unless all layers have Linears and LayerNorms of the embeddings' width and one inner width."""
-    inner = len(layers[0].up.weight)
+def _check_shapes(embeddings: Embeddings, layers: tuple[Layer, ...], head: Head) -> None:
+    """Raise InvalidModel unless all parts have the width of the word table, and all layers one inner width."""
+    hidden, inner = embeddings.word.shape[1], len(layers[0].up.weight)
+    tables = {"position": embeddings.position, "token type": embeddings.token_type}
+    for name, table in tables.items():
+        if table is not None and (table.shape[1] != hidden or not len(table)):
+            raise InvalidModel(f"the {name} table is {list(table.shape)}, the word table {list(embeddings.word.shape)}")
+    expected: list[tuple[str, Linear | None, tuple[int, int]]] = []
+    norms = [("embeddings", embeddings.norm)]
     for index, layer in enumerate(layers):
         attention = layer.attention
-        expected = {linear: (hidden, hidden) for linear in ("query", "key", "value", "output")}
-        linears = {name: getattr(attention, name) for name in expected} | {"up": layer.up, "down": layer.down}
-        for name, shape in (expected | {"up": (inner, hidden), "down": (hidden, inner)}).items():
-            weight, bias = linears[name].weight, linears[name].bias
-            if weight.shape != shape or bias.shape != shape[:1]:
-                found = f"{list(weight.shape)} with a bias of {bias.size}"
-                raise InvalidModel(f"layer {index} {name} is {found}, expected {list(shape)} with a bias of {shape[0]}")
-        for norm in (layer.attention_norm, layer.output_norm):
-            if norm.weight.shape != (hidden,) or norm.bias.shape != (hidden,):
-                raise InvalidModel(f"a LayerNorm of layer {index} is not over {hidden} values")
+        expected += [
+            (f"layer {index} {n}", getattr(attention, n), (hidden, hidden)) for n in ("query", "key", "value", "output")
+        ]
+        expected += [(f"layer {index} up", layer.up, (inner, hidden)), (f"layer {index} down", layer.down, (hidden, inner))]
+        norms += [(f"layer {index}", layer.attention_norm), (f"layer {index}", layer.output_norm)]
+    outputs = 0 if head.projection is None else 2 if head.kind == "question_answering" else len(head.projection.weight)
+    expected += [("the head's first Linear", head.pre, (hidden, hidden)), ("the head", head.projection, (outputs, hidden))]
+    for name, linear, shape in expected:
+        if linear is not None and (linear.weight.shape != shape or linear.bias.shape != shape[:1]):
+            found = f"{list(linear.weight.shape)} with a bias of {linear.bias.size}"
+            raise InvalidModel(f"{name} is {found}, expected {list(shape)} with a bias of {shape[0]}")
+    for name, norm in norms:
+        if norm.weight.shape != (hidden,) or norm.bias.shape != (hidden,):
+            raise InvalidModel(f"a LayerNorm of {name} is not over {hidden} values")
 
 
 def _labels(path: Path, head: Head) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Quantize/Dequantize pairs are transparent to the walk: `Graph.source` steps over
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,30 +15,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.frontend.onnx_prepare import prepare
 
 if TYPE_CHECKING:
     import onnx
 
-OPSETS = range(13, 23)
-"""Supported versions of the default operator set: per-channel DequantizeLinear appears in 13."""
+OPSETS = range(11, 23)
+"""Versions of the default operator set that are read."""
 
-# fmt: off
-OPERATORS = frozenset((
-    "Add", "And", "Cast", "Concat", "Constant", "ConstantOfShape", "CumSum", "DequantizeLinear", "Div",
-    "Dropout", "Equal", "Erf", "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "Greater",
-    "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Not",
-    "Or", "Pow", "QuantizeLinear", "Range", "ReduceMean", "Relu", "Reshape", "Shape", "Slice", "Softmax",
-    "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
-))
-# fmt: on
-"""Operators of the default domain in the supported graphs, those that only build masks and shapes included."""
+_CONTROL_FLOW = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 
-_PASS = ("Identity", "Dropout", "Cast")  # value-preserving when what flows through them is float32
+_VALUES = frozenset(("value", "value_float", "value_floats", "value_int", "value_ints"))
+"""Attributes of Constant that hold numbers."""
+
+_AXES = frozenset(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Squeeze", "Unsqueeze"))
+"""Operators whose axes are an attribute or, in later opsets, the second input."""
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "Gather": {"axis": 0},
+    "LayerNormalization": {"axis": -1, "epsilon": 1e-5},
+    "ReduceL2": {"keepdims": 1},
+    "ReduceMean": {"keepdims": 1},
+    "ReduceSum": {"keepdims": 1},
+}
+"""Attributes that operators have when they are not written; of those that patterns look at."""
+
+_DEFAULT_DOMAIN = ("", "ai.onnx")
+_FLOATS = (1, 10, 11, 16)  # TensorProto's FLOAT, FLOAT16, DOUBLE, BFLOAT16
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operator: its name, inputs ("" where an optional one is left out), outputs and attributes."""
+    """One operator: its name, inputs ("" where an optional one is left out), outputs and attributes.
+
+    `axes` of reductions, Squeeze and Unsqueeze is an attribute whatever the opset, where it is constant.
+    """
 
     op: str
     inputs: tuple[str, ...]
@@ -73,19 +85,20 @@ class Graph:
     """A checked ONNX graph."""
 
     def __init__(self, model: onnx.ModelProto, where: str) -> None:
-        """Index `model`; raises UnsupportedModel for an opset or operator, InvalidModel for a damaged graph."""
+        """Index the checked `model`; raises InvalidModel for a damaged tensor."""
         from onnx import numpy_helper
 
-        _check_support(model, where)
-        _check_wiring(model, where)
         graph = model.graph
-        nodes = [_node(proto) for proto in graph.node]
+        nodes = [_node(proto, model) for proto in graph.node]
         try:
             self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         except (ValueError, TypeError) as error:
             raise InvalidModel(f"{where} holds a damaged tensor: {error}; export the model again") from None
         self.initializers = frozenset(self.constants)
-        self.constants |= {n.outputs[0]: np.asarray(n.attributes["value"]) for n in nodes if _is_value(n)}
+        self.constants |= {n.outputs[0]: _value(n) for n in nodes if _VALUES & set(n.attributes)}
+        nodes = [self._with_axes(node) for node in nodes]
+        self.model = model
+        self.where = where
         self.producers = {output: node for node in nodes for output in node.outputs}
         self.inputs = tuple(i.name for i in graph.input if i.name not in self.initializers)
         self.outputs = tuple(output.name for output in graph.output)
@@ -103,7 +116,7 @@ class Graph:
         """Step back over Q/DQ pairs and operators without effect: the value before them, and the pairs, last first."""
         pairs = []
         while (node := self.producers.get(value)) is not None:
-            if node.op in _PASS:
+            if self._passes(node):
                 value = node.inputs[0]
             elif node.op == "DequantizeLinear" and (quantize := self._quantize(node.inputs[0])) is not None:
                 pairs.append(self._pair(node, quantize))
@@ -111,6 +124,12 @@ class Graph:
             else:
                 break
         return value, tuple(pairs)
+
+    def cast_input(self, value: str) -> str | None:
+        """Name of the graph's input that `value` is, whatever its type; None if it is computed."""
+        while (node := self.producers.get(value)) is not None and node.op in ("Cast", "Identity"):
+            value = node.inputs[0]
+        return value if value in self.inputs else None
 
     def constant(self, value: str) -> NDArray[Any] | None:
         """Value of a constant, dequantised to float32 if it is quantised; None if it depends on an input."""
@@ -120,10 +139,14 @@ class Graph:
         if (quantized := self.quantized(value)) is not None:
             return dequantize(quantized)
         node = self.producers.get(value)
-        if node is None or node.op not in (*_PASS, "Transpose"):
+        if node is None or not (self._passes(node) or node.op == "Transpose"):
             return None
         inner = self.constant(node.inputs[0])
-        return np.transpose(inner, node.attributes.get("perm")) if node.op == "Transpose" and inner is not None else inner
+        if inner is None:
+            return None
+        if node.op == "Transpose":
+            return np.transpose(inner, node.attributes.get("perm"))
+        return inner.astype(np.float32) if node.op == "Cast" else inner
 
     def scalar(self, value: str) -> float | None:
         """Value of a constant with one element, or None."""
@@ -144,9 +167,17 @@ class Graph:
             return None
         values = self.constants[node.inputs[0]]
         self._mark(*node.inputs)
-        zero_point = self._zero_point(node, values.dtype)
-        axis = int(node.attributes.get("axis", 1)) % max(values.ndim, 1)
-        return QuantizedConstant(node.inputs[0], values.astype(np.int32), self._scale(node), zero_point, axis)
+        scale, zero_point = self._scale(node), self._zero_point(node, values.dtype)
+        axis, name = int(node.attributes.get("axis", 1)), node.inputs[0]
+        if scale.size > 1 and not -values.ndim <= axis < values.ndim:
+            raise InvalidModel(f"{name} is quantised along axis {axis}, but has {values.ndim} axes; export the model again")
+        axis %= max(values.ndim, 1)
+        if scale.size > 1 and scale.shape != values.shape[axis : axis + 1]:
+            found = f"{name} {list(values.shape)} is quantised along axis {axis} by {scale.size} scales"
+            raise InvalidModel(f"{found}; there is one for the tensor or for each of its {values.shape[axis]} channels")
+        if zero_point.size not in (1, scale.size):
+            raise InvalidModel(f"{name} has {scale.size} scales but {zero_point.size} zero points; export the model again")
+        return QuantizedConstant(name, values.astype(np.int32), scale.reshape(-1), zero_point.reshape(-1), axis)
 
     def ancestors(self, value: str, through_shape: bool = True) -> Iterator[str]:
         """Every value that `value` depends on, itself included; `Shape` ends the walk unless `through_shape`."""
@@ -170,7 +201,7 @@ class Graph:
         for node in (quantize, dequantize):
             scale = self._scale(node)
             zero_point = self._zero_point(node, self._quantized_type(quantize))
-            if scale.size != 1:
+            if scale.size != 1 or zero_point.size != 1:
                 raise UnsupportedModel(f"{node.op} of {quantize.inputs[0]} is per channel; activations are per tensor")
             parameters.append((float(scale.reshape(())), int(zero_point.reshape(()))))
         if parameters[0] != parameters[1]:
@@ -182,7 +213,10 @@ class Graph:
 
     def _quantized_type(self, quantize: Node) -> np.dtype[Any]:
         name = quantize.inputs[2] if len(quantize.inputs) > 2 else ""
-        dtype = self.constants[name].dtype if name in self.constants else np.dtype(np.uint8)
+        if name and name not in self.constants:
+            raise UnsupportedModel(f"the zero point of {quantize.inputs[0]} is computed at run time; quantise it statically")
+        stated = {3: np.int8}.get(quantize.attributes.get("output_dtype", 0), np.uint8)  # 3 is TensorProto's INT8
+        dtype = self.constants[name].dtype if name else np.dtype(stated)
         if dtype not in (np.int8, np.uint8):
             raise UnsupportedModel(f"{quantize.inputs[0]} is quantised to {dtype}; supported: int8, uint8")
         return dtype
@@ -190,16 +224,46 @@ class Graph:
     def _scale(self, node: Node) -> NDArray[np.float32]:
         scale = self.constants.get(node.inputs[1])
         if scale is None:
-            raise UnsupportedModel(f"the scale of {node.inputs[0]} is computed at run time; static quantisation only")
+            raise UnsupportedModel(f"the scale of {node.inputs[0]} is computed at run time; quantise it statically")
         self._mark(node.inputs[1])
-        if not np.isfinite(scale).all() or (scale <= 0).any():
+        if scale.dtype.kind != "f" or not np.isfinite(scale).all() or (scale <= 0).any():
             raise InvalidModel(f"scale {node.inputs[1]} holds a value that is NaN, infinite or not positive")
         return scale.astype(np.float32)
 
     def _zero_point(self, node: Node, dtype: np.dtype[Any]) -> NDArray[np.int32]:
         name = node.inputs[2] if len(node.inputs) > 2 else ""
         self._mark(name)
-        return self.constants.get(name, np.zeros((), dtype)).astype(np.int32)
+        zero_point = self.constants.get(name, np.zeros((), dtype))
+        if (name and name not in self.constants) or zero_point.dtype != dtype:
+            found = zero_point.dtype if name in self.constants else "no constant"
+            raise InvalidModel(
+                f"the zero point {name} of {node.inputs[0]} is {found}, expected {dtype}; export the model again"
+            )
+        return zero_point.astype(np.int32)
+
+    def _passes(self, node: Node) -> bool:
+        """Whether `node` hands its input on: Cast does between floating-point types, Dropout unless it trains."""
+        if node.op == "Cast":
+            return node.attributes.get("to") in _FLOATS
+        if node.op == "Dropout":
+            training = self.constants.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.False_
+            return training is not None and not training.any()
+        return node.op == "Identity"
+
+    def _with_axes(self, node: Node) -> Node:
+        """Return `node` with its axes as an attribute and the defaults of what is not written."""
+        attributes = {**_DEFAULTS.get(node.op, {}), **node.attributes}
+        if node.op in _AXES:
+            given = self.constants.get(node.inputs[1]) if len(node.inputs) > 1 else attributes.get("axes")
+            attributes["axes"] = None if given is None else tuple(int(axis) for axis in np.reshape(given, -1))
+        return Node(node.op, node.inputs, node.outputs, attributes)
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Within it, reading an initializer is no use of it in the model."""
+        read = set(self.read)
+        yield
+        self.read = read
 
     def _mark(self, *names: str) -> None:
         self.read.update(name for name in names if name in self.initializers)
@@ -227,25 +291,31 @@ def read_graph(path: Path) -> Graph:
     except Exception as error:  # protobuf, the file system and onnx's external data each raise their own
         message = " ".join(str(error).split())
         raise InvalidModel(f"{path} is not a complete ONNX file: {message}; export or copy it again") from None
-    return Graph(model, path.name)
+    check_support(model, path.name)
+    check_wiring(model, path.name)
+    return Graph(prepare(model), path.name)
 
 
-def _check_support(model: onnx.ModelProto, where: str) -> None:
+def check_support(model: onnx.ModelProto, where: str) -> None:
+    """Raise UnsupportedModel for an opset or operators that are not read, InvalidModel for a file without a graph."""
     if not model.graph.node or not model.graph.output:
         raise InvalidModel(f"{where} holds no ONNX graph; export or copy it again")
-    foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
-    unknown = foreign | {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")} - OPERATORS
-    if unknown:
+    foreign = sorted({f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in _DEFAULT_DOMAIN})
+    if foreign:
         raise UnsupportedModel(
-            f"{where} uses operators {', '.join(sorted(unknown))}; supported: {', '.join(sorted(OPERATORS))}"
+            f"{where} uses operators of another domain ({', '.join(foreign[:4])}{', ...' if len(foreign) > 4 else ''}); "
+            "give the file as it was exported, before an optimizer of some runtime fused it"
         )
-    opsets = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
+    control = sorted({node.op_type for node in model.graph.node} & _CONTROL_FLOW)
+    if control:
+        raise UnsupportedModel(f"{where} uses {', '.join(control)}; export it again by tracing, which leaves no control flow")
+    opsets = [opset.version for opset in model.opset_import if opset.domain in _DEFAULT_DOMAIN]
     if not opsets or opsets[0] not in OPSETS:
         found = f"opset {opsets[0]}" if opsets else "no opset"
-        raise UnsupportedModel(f"{where} has {found}; supported: {OPSETS.start} to {OPSETS.stop - 1}")
+        raise UnsupportedModel(f"{where} has {found}; export it with one of {OPSETS.start} to {OPSETS.stop - 1}")
 
 
-def _check_wiring(model: onnx.ModelProto, where: str) -> None:
+def check_wiring(model: onnx.ModelProto, where: str) -> None:
     """Every value is produced before it is used, and once: the walk may then rely on inputs and on ending."""
     from onnx import checker
 
@@ -256,7 +326,7 @@ def _check_wiring(model: onnx.ModelProto, where: str) -> None:
         raise InvalidModel(f"{where} is not a valid ONNX model: {message}; export it again") from None
 
 
-def _node(proto: onnx.NodeProto) -> Node:
+def _node(proto: onnx.NodeProto, model: onnx.ModelProto) -> Node:
     from onnx import AttributeProto, helper, numpy_helper
 
     attributes = {
@@ -265,8 +335,12 @@ def _node(proto: onnx.NodeProto) -> Node:
     }
     if attributes.get("block_size"):
         raise UnsupportedModel(f"{proto.op_type} of {proto.input[0]} is blocked; supported: per tensor and per channel")
+    if proto.op_type == "Softmax" and "axis" not in attributes:
+        opset = next(opset.version for opset in model.opset_import if opset.domain in _DEFAULT_DOMAIN)
+        attributes["axis"] = -1 if opset >= 13 else 1
     return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attributes)
 
 
-def _is_value(node: Node) -> bool:
-    return node.op == "Constant" and "value" in node.attributes
+def _value(constant: Node) -> NDArray[Any]:
+    (name,) = _VALUES & set(constant.attributes)
+    return np.asarray(constant.attributes[name], {"value_float": np.float32, "value_floats": np.float32}.get(name))

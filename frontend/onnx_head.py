@@ -46,10 +46,15 @@ def read_head(walker: Walker) -> FoundHead:
 def _question_answering(walker: Walker) -> FoundHead | None:
     """Two outputs that are the two slices of one projection."""
     graph = walker.graph
-    slices = [graph.node(output) for output in graph.outputs]
-    slices = [graph.node(node.inputs[0]) if node and node.op == "Squeeze" else node for node in slices]
-    split = slices[0]
-    if split is None or len(slices) != 2 or split.op != "Split" or slices[1] is not split:
+    parts = []
+    for output in graph.outputs:
+        part = graph.source(output)[0]
+        squeeze = graph.producers.get(part)
+        if squeeze is not None and squeeze.op == "Squeeze" and squeeze.attributes["axes"] in ((-1,), (2,)):
+            part = graph.source(squeeze.inputs[0])[0]
+        parts.append(part)
+    split = graph.producers.get(parts[0])
+    if split is None or split.op != "Split" or parts != list(split.outputs) or split.attributes.get("axis") not in (-1, 2):
         return None
     found = _product(walker, split.inputs[0])
     if found is None or walker.norm(found.x) is None:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import detect_block
 from tilewright.codegen.model import Float, LayerNorm, Linear, Quantization
-from tilewright.errors import UnsupportedModel
+from tilewright.errors import InvalidModel, UnsupportedModel
 from tilewright.frontend.onnx_graph import Graph, Pair, QuantizedConstant
 from tilewright.frontend.onnx_patterns import LAYER_NORM, Match, match
+from tilewright.frontend.onnx_probe import Assumption
 
 _KINDS = {
     "LayerNormalization": "LayerNorm outputs (the residual stream stays float32)",
@@ -63,6 +64,8 @@ class Walker:
         """Start without notes."""
         self.graph = graph
         self.notes = Notes()
+        self.assumptions: list[Assumption] = []
+        self.exact: dict[str, Float] = {}  # real weights [N, K] of the Linears whose integers had to be changed
         self._norms: dict[str, Match | None] = {}
 
     def norm(self, value: str) -> Match | None:
@@ -77,6 +80,8 @@ class Walker:
         weight, bias = (self.graph.constant(found.values[name]) for name in ("weight", "bias"))
         eps = self.graph.scalar(found.values["eps"]) if "eps" in found.values else found.attributes.get("epsilon", 1e-5)
         assert weight is not None and bias is not None and eps is not None  # the pattern matched them as constants
+        if not 0 <= eps < np.inf:
+            raise InvalidModel(f"a LayerNorm has eps {eps}; it is a small positive number")
         return LayerNorm(weight.astype(np.float32), bias.astype(np.float32), float(eps))
 
     def terms(self, value: str, where: str | None = None) -> list[str]:
@@ -114,25 +119,26 @@ class Walker:
         return Product(found.x, found.weight, found.transposed, bias), rest
 
     def linear(self, product: Product, name: str, where: str) -> Linear:
-        """Build the encoder's Linear `name`, quantised if both its input and its weight are.
+        """Build the encoder's Linear `name`, quantised if its weight is, with its input if that is, too.
 
-        Raises UnsupportedModel if only one of them is, or if the quantisation is not per tensor or per output channel.
+        Raises UnsupportedModel if only the input is, or if the quantisation is not per tensor or per output channel.
         """
         pairs = self.graph.source(product.x)[1]
         constant = self.graph.quantized(product.weight)
-        if (constant is None) != (not pairs):
-            found = "weight but not the input" if constant else "input but not the weight"
-            raise UnsupportedModel(f"{where}: the {found} is quantised; quantise both statically, or neither")
         if constant is None:
+            if pairs:
+                raise UnsupportedModel(
+                    f"{where}: the input but not the weight is quantised; quantise both statically, or neither"
+                )
             return self.float_linear(product, name)
         self.notes.drop(pairs[1:], where)
-        weight, scale = self._int8(constant, product.transposed, where)
+        weight, scale = self._int8(constant, product.transposed, name, where)
         return Linear(
             name=name,
             weight=weight,
             bias=self._bias(product, len(weight)),
             scale=scale,
-            input=Quantization(pairs[0].scale, pairs[0].zero_point),
+            input=Quantization(pairs[0].scale, pairs[0].zero_point) if pairs else None,
             block=detect_block(weight),
         )
 
@@ -156,13 +162,13 @@ class Walker:
         if options.get("transA", 0) or options.get("alpha", 1.0) != 1.0 or options.get("beta", 1.0) != 1.0:
             return None
         bias = self.graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        bias = None if bias is None else bias.astype(np.float32)
+        bias = None if bias is None else bias.reshape(-1).astype(np.float32)
         return Product(node.inputs[0], node.inputs[1], bool(options.get("transB", 0)), bias)
 
     def _bias(self, product: Product, n: int) -> Float:
         return np.zeros(n, np.float32) if product.bias is None else product.bias
 
-    def _int8(self, constant: QuantizedConstant, transposed: bool, where: str) -> tuple[NDArray[np.int8], Float]:
+    def _int8(self, constant: QuantizedConstant, transposed: bool, name: str, where: str) -> tuple[NDArray[np.int8], Float]:
         """Weight s8[N, K] in -127..127 and scale f32[N]."""
         values = constant.values if transposed else constant.values.T
         axis = constant.axis if transposed else 1 - constant.axis
@@ -172,6 +178,7 @@ class Walker:
         scale = np.ascontiguousarray(np.broadcast_to(constant.scale.reshape(-1), len(values)))
         if values.min() >= -127 and values.max() <= 127:
             return np.ascontiguousarray(values, np.int8), scale
+        self.exact[name] = values.astype(np.float32) * scale[:, None]
         if values.min() >= -128 and values.max() <= 127:
             # saturating moves one weight by one step; a new scale would move every weight of the channel
             count = int((values == -128).sum())

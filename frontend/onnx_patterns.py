@@ -35,11 +35,11 @@ class Const:
 
 @dataclass(frozen=True)
 class Op:
-    """An operator over patterns. Inputs beyond `args` are not looked at; `attributes` must have the given values."""
+    """An operator over patterns. Inputs beyond `args` are not looked at; each attribute must have one of the given values."""
 
     op: str
     args: tuple[Pattern, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def match(graph: Graph, value: str, pattern: Pattern, found: Match | None = None
     node = graph.producers.get(source)
     if node is None or node.op != pattern.op or len(node.inputs) < len(pattern.args):
         return None
-    if any(node.attributes.get(key) != wanted for key, wanted in pattern.attributes.items()):
+    if any(node.attributes.get(key) not in allowed for key, allowed in pattern.attributes.items()):
         return None
     start = Match(found.values, found.attributes or node.attributes, found.pairs + pairs)
     orders = permutations(pattern.args) if node.op in ("Add", "Mul") else [pattern.args]
@@ -123,13 +123,20 @@ def _bracketings(name: str, args: tuple[Pattern, ...]) -> Pattern:
 
 X = Var("x")
 _ONE, _HALF, _TWO = Const("one", 1.0), Const("half", 0.5), Const("two", 2.0)
-_DEVIATION = op("Sub", X, op("ReduceMean", X))
-_VARIANCE = op("ReduceMean", Either((op("Pow", _DEVIATION, _TWO), op("Mul", _DEVIATION, _DEVIATION))))
+_LAST = (-1, 2)  # of [batch, token, channel]
+
+
+def _mean(x: Pattern) -> Op:
+    return Op("ReduceMean", (x,), {"axes": tuple((axis,) for axis in _LAST), "keepdims": (1,)})
+
+
+_DEVIATION = op("Sub", X, _mean(X))
+_VARIANCE = _mean(Either((op("Pow", _DEVIATION, _TWO), op("Mul", _DEVIATION, _DEVIATION))))
 _NORMALIZED = op("Div", _DEVIATION, op("Sqrt", op("Add", _VARIANCE, Const("eps"))))
 
 LAYER_NORM: Pattern = Either(
     (
-        op("LayerNormalization", X, Const("weight"), Const("bias")),
+        Op("LayerNormalization", (X, Const("weight"), Const("bias")), {"axis": _LAST}),
         op("Add", op("Mul", _NORMALIZED, Const("weight")), Const("bias")),
     )
 )
@@ -147,8 +154,9 @@ _POLYNOMIAL = Either(
 
 ACTIVATIONS: Mapping[Activation, Pattern] = {
     "relu": op("Relu", X),
-    # before "gelu", whose operator matches with any attributes
-    "gelu_tanh": Either((Op("Gelu", (X,), {"approximate": b"tanh"}), product(X, _HALF, total(_ONE, op("Tanh", _POLYNOMIAL))))),
-    "gelu": Either((op("Gelu", X), product(X, _HALF, total(_ONE, _ERF)))),
+    "gelu_tanh": Either(
+        (Op("Gelu", (X,), {"approximate": (b"tanh",)}), product(X, _HALF, total(_ONE, op("Tanh", _POLYNOMIAL))))
+    ),
+    "gelu": Either((Op("Gelu", (X,), {"approximate": (None, b"none")}), product(X, _HALF, total(_ONE, _ERF)))),
 }
 """Each binds x."""

@@ -38,10 +38,7 @@ class Arithmetic:
 
 def apply_float(linear: Linear, x: Array, unit: float | None = None) -> Array:
     """x @ weight.T + bias with the real weight; `unit` is for quantised operands only."""
-    weight = linear.weight.astype(np.float32)
-    if linear.scale is not None:
-        weight *= linear.scale[:, None]
-    return x @ weight.T + linear.bias
+    return x @ linear.real_weight.T + linear.bias
 
 
 def attend_float(q: Array, k: Array, v: Array, attention: Attention) -> Array:

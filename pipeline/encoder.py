@@ -73,7 +73,7 @@ def _attention(attention: Attention, x: Tensor, mask: Tensor, num_heads: int, ta
 
 
 def _linear(x: Tensor, linear: Linear) -> Tensor:
-    return functional.linear(x, torch.from_numpy(linear.weight), torch.from_numpy(linear.bias))
+    return functional.linear(x, torch.from_numpy(linear.real_weight), torch.from_numpy(linear.bias))
 
 
 def _norm(x: Tensor, norm: LayerNorm) -> Tensor:

@@ -21,6 +21,7 @@ from tilewright.frontend import load
 from tilewright.pipeline.calibration import Method, Progress, Range, asymmetric, calibrate, symmetric
 from tilewright.pipeline.checkpoint import write_checkpoint
 from tilewright.pipeline.provenance import append_step
+from tilewright.pipeline.self_check import check_against_transformers
 
 METHODS: tuple[Method, ...] = ("minmax", "percentile")
 
@@ -38,6 +39,7 @@ def quantize(
     max_length: int = 128,
     progress: Progress = lambda done, total: None,
     weight_bits: int = 8,
+    self_check: bool | None = None,
 ) -> Path:
     """Quantise a float `model` on `texts` into the new directory `output`, which `tilewright.frontend.load` reads.
 
@@ -48,6 +50,9 @@ def quantize(
     The default percentile spares the few outlier channels of BERT's LayerNorms: 99.99 costs MiniLM 0.07 of its
     embeddings' cosine to float.
 
+    self_check: run the float model beside what it was read from and refuse differences; for a Hugging Face directory, which
+    is run by transformers, only if asked to, for an ONNX graph unless told not to.
+
     Raises InvalidInput for options, texts or an output that cannot be used, and what `load` raises.
     """
     texts = [text for text in texts if text.strip()]
@@ -55,9 +60,11 @@ def quantize(
     target = Path(output)
     if target.exists():
         raise InvalidInput(f"output {target} exists; remove it or choose another")
-    source = model if isinstance(model, EncoderModel) else load(model)
-    if any(linear.quantized for linear in source.linears()):
+    source = model if isinstance(model, EncoderModel) else load(model, self_check is not False)
+    if any(linear.input is not None for linear in source.linears()):
         raise InvalidInput("the model is quantised already; give the float checkpoint it was made from")
+    if self_check and not isinstance(model, EncoderModel) and Path(model).is_dir():
+        check_against_transformers(source, Path(model))
     with scratch_directory(target) as scratch:
         ranges = calibrate(source, texts, method, percentile, max_length, progress)
         result = apply_ranges(source, ranges, weight_bits)
@@ -79,8 +86,14 @@ def apply_ranges(model: EncoderModel, ranges: Mapping[str, Range], weight_bits: 
 
 
 def quantize_linear(linear: Linear, activation: Quantization, weight_bits: int = 8) -> Linear:
-    """Quantise the weight of `linear` to s8 per output channel, symmetric, rounding to nearest even."""
+    """Quantise the weight of `linear` to s8 per output channel, symmetric, rounding to nearest even.
+
+    One that is s8 already stays as it is, unless it has more bits.
+    """
     most = 2 ** (weight_bits - 1) - 1
+    if linear.quantized and np.abs(linear.weight.astype(np.int16)).max() <= most:
+        return replace(linear, input=activation)
+    linear = replace(linear, weight=linear.real_weight)
     largest = np.abs(linear.weight).max(axis=1)
     scale = np.where(largest > 0, largest / np.float32(most), np.float32(1)).astype(np.float32)
     weight = np.clip(np.rint(linear.weight / scale[:, None]), -most, most).astype(np.int8)

@@ -44,6 +44,7 @@ def compile(
     *,
     max_tokens: int = 4096,
     overwrite: bool = True,
+    self_check: bool = True,
     progress: Progress = lambda stage: None,
 ) -> Artifact:
     """Compile a quantised checkpoint (or an EncoderModel) into the artifact directory `output`.
@@ -52,13 +53,14 @@ def compile(
     instance type or a processor's name, each of which means the best level it runs, or `server`, which is several levels.
     The engine runs the best that its CPU has. Compiling for another CPU works anywhere.
     max_tokens: tokens one run of the module may hold; the engine splits larger batches, so it bounds memory, not batches.
+    self_check: run an ONNX graph beside the model read from it, and refuse it where they differ.
     progress: called with each name of STAGES as the stage begins; lower, schedule and build come once for each level.
     Raises a TilewrightError with a one-line message; nothing is left at `output` then.
     """
     isas = resolve_all(target, cpu_features())
     check_output(output, overwrite=overwrite)
     progress("load")
-    model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path)
+    model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check)
     pool, levels, libraries = WeightPool(), [], {}
     with tempfile.TemporaryDirectory(prefix="tilewright-") as scratch:
         for isa in isas:

@@ -69,7 +69,7 @@ def read_sizes(path: Path) -> Sizes:
     if file.suffix == ".json" and file.is_file():
         config, layers = read_config(file)
     else:
-        model = frontend.load(path)
+        model = frontend.load(path, self_check=False)  # only sizes matter
         config, layers = model.config, len(model.layers)
     return Sizes(config.architecture, layers, config.hidden_size, config.num_heads, config.intermediate_size)
 

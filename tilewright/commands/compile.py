@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tilewright.commands.output import Json, print_json, stages, stdout
+from tilewright.commands.output import Json, SelfCheck, print_json, stages, stdout
 
 
 def compile(
@@ -23,6 +23,7 @@ def compile(
         Path | None, typer.Option("--output", "-o", help="Artifact directory to write.", show_default="NAME.tw")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=16, help="Tokens one run may hold; larger batches are split.")] = 4096,
+    self_check: SelfCheck = True,
     as_json: Json = False,
 ) -> None:
     """Compile a quantised model for a CPU."""
@@ -32,7 +33,7 @@ def compile(
     seconds: dict[str, float] = {}
     target_path = output or Path(f"{model.resolve().stem if model.is_file() else model.resolve().name}.tw")
     with stages(seconds) as progress:
-        artifact = compile_model(model, target, target_path, max_tokens=max_tokens, progress=progress)
+        artifact = compile_model(model, target, target_path, max_tokens=max_tokens, self_check=self_check, progress=progress)
     result = report(artifact.path) | {"seconds": seconds}
     if as_json:
         print_json(result)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tilewright.commands.output import Json, block_name, print_json, print_note, stdout, table
+from tilewright.commands.output import Json, SelfCheck, block_name, print_json, print_note, stdout, table
 from tilewright.errors import InvalidInput
 from tilewright.manifest import MANIFEST
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory, ONNX file or artifact.")],
     target: Annotated[str, typer.Option(help="What to plan a model for, as for compile, but one.")] = "native",
+    self_check: SelfCheck = True,
     as_json: Json = False,
 ) -> None:
     """Show a model's layers, their density per block shape, and the kernel each would run with; or an artifact's levels."""
@@ -35,7 +36,7 @@ def inspect(
     from tilewright.schedules.isa import resolve
 
     isa = resolve(target, cpu_features())
-    loaded = frontend.load(model)
+    loaded = frontend.load(model, self_check)
     report = frontend.report(loaded)
     plans = [linear for layer in plan(loaded, isa).layers for linear in _per_linear(layer)]
     if as_json:

@@ -20,6 +20,10 @@ IsaLevel = Annotated[
     str | None,
     typer.Option("--isa", help="ISA level of the artifact to run.", show_default="TILEWRIGHT_ISA, else the best here"),
 ]
+SelfCheck = Annotated[
+    bool,
+    typer.Option("--self-check/--no-self-check", help="Run an ONNX graph beside the model read from it; refuse differences."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run on.", show_default="the cores available")]
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal, whose width rich would take to be 80

@@ -22,6 +22,14 @@ def quantize(
         int,
         typer.Option(help="Bits of a weight: 8, or 7 for models meant for CPUs without VNNI."),
     ] = 8,
+    self_check: Annotated[
+        bool | None,
+        typer.Option(
+            "--self-check/--no-self-check",
+            help="Run the float model beside its source and refuse differences: an ONNX graph, or transformers.",
+            show_default="for ONNX only",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantise a float model to INT8 with ranges seen on calibration texts."""
@@ -38,6 +46,7 @@ def quantize(
             max_length,
             progress,
             weight_bits,
+            self_check,
         )
     size = sum(file.stat().st_size for file in path.iterdir())
     if as_json:
