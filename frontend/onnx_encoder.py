@@ -27,7 +27,7 @@ from tilewright.frontend.onnx_attention import Chain, read_attention
 from tilewright.frontend.onnx_check import check
 from tilewright.frontend.onnx_embeddings import read_embeddings
 from tilewright.frontend.onnx_graph import read_graph
-from tilewright.frontend.onnx_head import read_head
+from tilewright.frontend.onnx_head import read_head, read_pooling
 from tilewright.frontend.onnx_linear import Product, Walker
 from tilewright.frontend.onnx_patterns import ACTIVATIONS, match
 from tilewright.frontend.onnx_probe import check_inputs
@@ -59,7 +59,7 @@ def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
     )
     _check_all_used(walker)
     _check_uniform(layers)
-    head = found.head
+    head = read_pooling(prober, found)
     _check_shapes(embeddings, layers, head)
     config = EncoderConfig(
         architecture="distilbert" if embeddings.token_type is None else "bert",
@@ -74,7 +74,7 @@ def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
     tokenizer = path.parent / "tokenizer.json"
     text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
     model = EncoderModel(config, embeddings, layers, head, text, walker.notes.report())
-    check(model, walker, prober, stream, self_check)
+    check(model, walker, prober, stream, found.outputs, self_check)
     return model
 
 

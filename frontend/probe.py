@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewright.codegen.model import EncoderModel
 from tilewright.errors import UnsupportedModel
-from tilewright.frontend.reference import Array
+from tilewright.frontend.reference import Array, forward
 
 TOLERANCE = 1e-3
 """Largest difference of a token's values, relative to their usual size. Float32 in another order differs by some 1e-5."""
@@ -60,8 +61,28 @@ def make_probe(
     return Probe(np.where(mask, ids, padding), mask, types)
 
 
-def check_agreement(name: str, ours: Array, theirs: NDArray[Any], remedy: str) -> None:
-    """Raise UnsupportedModel with `remedy` if a row of `ours` and `theirs` differs by more than TOLERANCE of the usual norm."""
+def check_model(
+    model: EncoderModel, probe: Probe, stream: Sequence[NDArray[Any]], outputs: Mapping[str, NDArray[Any]], remedy: str
+) -> None:
+    """Raise UnsupportedModel with `remedy` at the first place where `model` and its source differ on `probe`, in float32.
+
+    stream: the source's residual stream [batch, tokens, hidden]: after the embeddings, after each layer, and maybe between
+    attention and feed-forward network of each. outputs: those of the source's outputs that the model has, by name.
+    """
+    ours: dict[str, Array] = {}
+    results = forward(model, probe.sequences(probe.ids), probe.sequences(probe.types), observe=ours.__setitem__)
+    names = list(ours) if len(stream) == len(ours) else list(ours)[::2]
+    for name, values in zip(names, stream, strict=True):
+        _check(name, ours[name], probe.joined(values), remedy)
+    for name, values in outputs.items():
+        parts = [result[name] for result in results]
+        if name == "sentence_embedding" or model.head.kind == "sequence_classification":
+            _check(name, np.stack(parts), values, remedy)
+        else:
+            _check(name, np.concatenate(parts), probe.joined(values), remedy)
+
+
+def _check(name: str, ours: Array, theirs: NDArray[Any], remedy: str) -> None:
     if ours.shape != theirs.shape:
         raise UnsupportedModel(f"{name} is {list(ours.shape)} as the model was understood, but {list(theirs.shape)}; {remedy}")
     first, second = (np.nan_to_num(np.asarray(x, np.float64).reshape(len(x), -1), nan=np.inf) for x in (ours, theirs))

@@ -11,8 +11,7 @@ import transformers
 
 from tilewright.codegen.model import EncoderModel
 from tilewright.errors import UnsupportedModel
-from tilewright.frontend.probe import RAGGED, check_agreement, make_probe
-from tilewright.frontend.reference import Array, forward
+from tilewright.frontend.probe import RAGGED, check_model, make_probe
 
 _REMEDY = "transformers computes something else; please report the model's config.json"
 
@@ -33,25 +32,19 @@ def check_against_transformers(model: EncoderModel, directory: Path) -> None:
         1 if types is None else len(types),
         _padding(directory),
     )
-    ours: dict[str, Array] = {}
-    results = forward(model, probe.sequences(probe.ids), probe.sequences(probe.types), observe=ours.__setitem__)
     with torch.inference_mode():
         inputs = {
             name: torch.from_numpy(array) for name, array in probe.inputs.items() if types is not None or "type" not in name
         }
         theirs = _load(directory)(**inputs, output_hidden_states=True)
-    for name, values in zip(
-        ("embeddings", *(f"layer {i}" for i in range(len(model.layers)))), theirs.hidden_states, strict=True
-    ):
-        check_agreement(name, ours[name], probe.joined(values.numpy()), _REMEDY)
-    for name, first in results[0].items():
-        if model.head.kind == "none":
-            continue
-        values = theirs[name].numpy()
-        if model.head.kind == "sequence_classification":
-            check_agreement(name, np.stack([result[name] for result in results]), values, _REMEDY)
-        else:
-            check_agreement(name, np.concatenate([result[name] for result in results]), probe.joined(values), _REMEDY)
+    names = {"question_answering": ("start_logits", "end_logits"), "none": ()}.get(model.head.kind, ("logits",))
+    check_model(
+        model,
+        probe,
+        [values.numpy() for values in theirs.hidden_states],
+        {name: theirs[name].numpy() for name in names},
+        _REMEDY,
+    )
 
 
 def _settings(directory: Path) -> dict[str, object]:
@@ -66,7 +59,6 @@ def _padding(directory: Path) -> int:
 def _load(directory: Path) -> torch.nn.Module:
     names = _settings(directory).get("architectures")
     name = names[0] if isinstance(names, list) and names else "AutoModel"
-    transformers.utils.logging.disable_progress_bar()
     try:
         loaded = getattr(transformers, str(name)).from_pretrained(directory, attn_implementation="eager").eval()
     except Exception as error:  # transformers has no base class of its own errors

@@ -228,7 +228,7 @@ def test_an_unknown_head_is_refused(tmp_path: Path) -> None:
     model = onnx.load(path)
     model.graph.node.append(helper.make_node("Softmax", ["last_hidden_state"], ["strange"]))
     model.graph.output[0].name = "strange"
-    refused(model, tmp_path, UnsupportedModel, "outputs strange", "token classification")
+    refused(model, tmp_path, UnsupportedModel, "output strange", "mean")
 
 
 def test_a_partly_quantised_graph_is_refused(qdq: Path, tmp_path: Path) -> None:

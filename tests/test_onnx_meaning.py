@@ -212,7 +212,7 @@ EDITS = [
     Case(softmax_over_queries, ("softmax over the keys",)),
     Case(scaled_context, ("context",)),
     Case(other_epsilon_sign, ("eps",)),
-    Case(transposed_sequences, ("reshaped",)),
+    Case(transposed_sequences),
     Case(residual_of_elsewhere, ("residual",)),
     Case(quick_gelu, ("activation",)),
     Case(training_dropout),
