@@ -21,7 +21,6 @@ from tilewright.frontend import load
 from tilewright.pipeline.calibration import Method, Progress, Range, asymmetric, calibrate, symmetric
 from tilewright.pipeline.checkpoint import write_checkpoint
 from tilewright.pipeline.provenance import append_step
-from tilewright.pipeline.self_check import check_against_transformers
 
 METHODS: tuple[Method, ...] = ("minmax", "percentile")
 
@@ -64,6 +63,8 @@ def quantize(
     if any(linear.input is not None for linear in source.linears()):
         raise InvalidInput("the model is quantised already; give the float checkpoint it was made from")
     if self_check and not isinstance(model, EncoderModel) and Path(model).is_dir():
+        from tilewright.pipeline.self_check import check_against_transformers  # transformers takes seconds to import
+
         check_against_transformers(source, Path(model))
     with scratch_directory(target) as scratch:
         ranges = calibrate(source, texts, method, percentile, max_length, progress)

@@ -14,6 +14,7 @@ from tilewright.frontend import load
 from tilewright.pipeline import quantize
 from tilewright.pipeline.calibration import asymmetric, calibrate, symmetric
 from tilewright.pipeline.quantize import quantize_linear
+from tilewright.pipeline.self_check import check_against_transformers
 
 TEXTS = tiny.texts(40)
 CLASSES = [
@@ -226,3 +227,15 @@ def test_weights_of_minus_128_are_saturated_and_noted(quantized: Path, tmp_path:
     model = load(tmp_path)
     assert model.notes == ("saturated 3 weights of -128 to -127 in transformer.layer.1.ffn.lin1",)
     assert model.layers[1].up.weight[0, :3].tolist() == [-127] * 3
+
+
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertForSequenceClassification", "DistilBertForQuestionAnswering"])
+def test_self_check_against_transformers(name: str, tmp_path: Path) -> None:
+    """It passes what was read right and finds a model that is something else."""
+    directory = tiny.save(tiny.build(name), tmp_path / "model")
+    check_against_transformers(load(directory), directory)
+    model = load(directory)
+    layer = model.layers[1]
+    other = replace(layer, down=replace(layer.down, bias=layer.down.bias + np.float32(0.1)))
+    with pytest.raises(UnsupportedModel, match="layer 1 differs"):
+        check_against_transformers(replace(model, layers=(model.layers[0], other)), directory)
