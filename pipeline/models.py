@@ -38,7 +38,7 @@ def load_module(task: Task, path: Path, *, needs_head: bool = True) -> nn.Module
     random. Before training they may be.
     """
     load(path)  # its errors are of one line and name what would work
-    before = transformers.logging.get_verbosity()  # type: ignore[no-untyped-call]
+    before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         model, info = getattr(transformers, task.model).from_pretrained(
@@ -47,10 +47,12 @@ def load_module(task: Task, path: Path, *, needs_head: bool = True) -> nn.Module
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidModel(f"{path} cannot be read by transformers: {' '.join(str(error).split())[:200]}") from None
     finally:
-        transformers.logging.set_verbosity(before)  # type: ignore[no-untyped-call]
+        transformers.logging.set_verbosity(before)
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name or task.name == "sequence_classification")
     if missing and needs_head:
-        raise InvalidModel(f"{path} has no {task.name} head ({missing[0]} is missing); give a model that was trained for the task")
+        raise InvalidModel(
+            f"{path} has no {task.name} head ({missing[0]} is missing); give a model that was trained for the task"
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 

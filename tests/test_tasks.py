@@ -90,7 +90,7 @@ def test_bad_squad_files(tmp_path: Path, changes: dict[str, Any], message: str) 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"data": []}'])
 def test_files_that_are_no_squad(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(InvalidInput, match="a.json"):
+    with pytest.raises(InvalidInput, match=r"a\.json"):
         read_squad(tmp_path / "a.json")
 
 

@@ -16,7 +16,9 @@ from tilewright.commands import benchmark, compile, hardware, inspect, pack, qua
 from tilewright.commands.output import fail
 from tilewright.errors import TilewrightError
 
-_EXTRAS = {"onnx": "pipeline", "torch": "pipeline", "transformers": "pipeline", "onnxruntime": "bench"}
+_EXTRAS = {"onnxruntime": "bench"} | dict.fromkeys(
+    ("accelerate", "matplotlib", "onnx", "torch", "torchmetrics", "transformers", "yaml"), "pipeline"
+)
 """Optional package to the extra that installs it."""
 
 

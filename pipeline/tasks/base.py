@@ -38,8 +38,10 @@ T = TypeVar("T")
 
 
 class TextSettings(BaseModel):
-    """How texts become sequences: at most `max_length` tokens; a context too long for that is read in windows that share
-    `stride` tokens."""
+    """How texts become sequences of at most `max_length` tokens.
+
+    The context of a question that is too long for that is read in windows that share `stride` tokens.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,9 +62,9 @@ class Context:
 class Task:
     """One row of the table of tasks.
 
-    model: name of transformers' class of models for it, which returns the task's loss where it is given labels. read: records of
-    a file. features: of records, with labels where the records have them. texts: of records, to calibrate on. evaluate:
-    metrics of a model's answers to records, the most important one first; `reference` answers as well, where labels are missing.
+    model: transformers' class of models for it, which returns the task's loss where it is given labels. read: records of a
+    file. features: of records, with labels where the records have them. texts: of records, to calibrate on. evaluate: metrics
+    of a model's answers to records; `reference` answers as well, where labels are missing. metric: the most important one.
     distillation: the losses of `distil` where a recipe does not say. trains: whether labels give a loss at all.
     """
 
@@ -113,7 +115,9 @@ def pad(features: Sequence[Feature]) -> dict[str, Tensor]:
     """Batch s64 of `features`: lists are padded at their right to the longest, single values stacked; with attention_mask."""
     length = max(len(row["input_ids"]) for row in features)
     batch: dict[str, Tensor] = {
-        "attention_mask": torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in features])
+        "attention_mask": torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in features]
+        )
     }
     for name, first in features[0].items():
         values = [row[name] for row in features]

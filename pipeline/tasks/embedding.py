@@ -67,8 +67,10 @@ def ranks(questions: NDArray[np.float32], paragraphs: NDArray[np.float32], expec
 def evaluate(
     predict: Predict, records: Sequence[str | Question], context: Context, reference: Predict | None = None
 ) -> dict[str, float]:
-    """recall_at_10, recall_at_1 and mrr (0 to 1) of finding each question's paragraph among all of the file; and, with a
-    `reference`, the mean cosine to its embeddings, which is all that plain texts can tell."""
+    """recall_at_10, recall_at_1 and mrr (0 to 1) of finding each question's paragraph among all of the file.
+
+    With a `reference` also the mean cosine to its embeddings, which is all that plain texts can tell.
+    """
     metrics: dict[str, float] = {}
     questions = [record for record in records if isinstance(record, Question)]
     given = cast("list[str]", texts(records))

@@ -6,7 +6,7 @@ The metric is torchmetrics' SQuAD, which equals the official script: answers in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
@@ -109,7 +109,7 @@ def evaluate(
 
 def texts(records: Sequence[Question]) -> list[str | tuple[str, str]]:
     """Questions with their contexts."""
-    return [cast(tuple[str, str], (question.question, question.context)) for question in records]
+    return [(question.question, question.context) for question in records]
 
 
 TASK = Task(

@@ -57,9 +57,7 @@ def features(records: Sequence[Row], context: Context) -> list[Feature]:
     ]
 
 
-def evaluate(
-    predict: Predict, records: Sequence[Row], context: Context, reference: Predict | None = None
-) -> dict[str, float]:
+def evaluate(predict: Predict, records: Sequence[Row], context: Context, reference: Predict | None = None) -> dict[str, float]:
     """accuracy (0 to 1) against labels, and agreement with a `reference`; one of the two is needed."""
     rows = features(records, context)
     found = _classes(predict, rows)

@@ -37,7 +37,9 @@ _SCHEMA = TypeAdapter(Row)
 
 def read(path: Path) -> list[Row | str]:
     """Rows of a `.jsonl` file with the keys tokens and tags, or texts of a plain text file."""
-    return list(read_rows(path, _SCHEMA)) if path.suffix == ".jsonl" else list(read_texts(path))
+    if path.suffix == ".jsonl":
+        return [*read_rows(path, _SCHEMA)]
+    return [*read_texts(path)]
 
 
 def texts(records: Sequence[Row | str]) -> list[str | tuple[str, str]]:
