@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -132,7 +132,7 @@ class _Reader:
             return Head(names.kind, pooling=embedding.pooling, normalize=embedding.normalize)
         pre = float_linear(self.checkpoint, names.pre, hidden, hidden, self.notes) if names.pre else None
         projection = float_linear(self.checkpoint, names.projection, outputs, hidden, self.notes)
-        problem = _problem_type(self.settings, outputs) if names.kind == "sequence_classification" else None
+        problem = problem_type(self.settings, outputs) if names.kind == "sequence_classification" else None
         return Head(names.kind, projection, pre, names.pre_activation, problem_type=problem)
 
     def linear(self, name: str, n: int, k: int) -> Linear:
@@ -158,7 +158,8 @@ def _family_and_head(settings: dict[str, Any]) -> tuple[Family, HeadNames]:
     return family, family.heads[architectures[0]]
 
 
-def _problem_type(settings: dict[str, Any], labels: int) -> ProblemType | None:
+def problem_type(settings: Mapping[str, Any], labels: int) -> ProblemType | None:
+    """What config.json says of the meaning of `labels` logits of a sequence; raises for what is not supported."""
     stated = settings.get("problem_type")
     if stated is not None and stated not in get_args(ProblemType):
         raise UnsupportedModel(f"problem_type is {stated!r} in config.json; supported: {', '.join(get_args(ProblemType))}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tilewright.codegen.model import EncoderModel
 from tilewright.errors import InvalidModel, UnsupportedModel
 from tilewright.frontend.huggingface import load_directory
-from tilewright.frontend.onnx_encoder import load_onnx
+from tilewright.frontend.onnx_encoder import ONNX_FOLDER, load_onnx
 from tilewright.frontend.sentence_transformers import MODULES
 
 
@@ -40,7 +40,8 @@ def load(path: str | PathLike[str], self_check: bool = True) -> EncoderModel:
 
 def _find_directory(path: Path) -> Path | None:
     if (path / MODULES).exists():
-        return path
+        weights = next(path.glob("*.safetensors"), None) or next(path.glob("*/*.safetensors"), None)
+        return path if weights or not _onnx_files(path) else None
     return path if (path / "config.json").is_file() and any(path.glob("*.safetensors")) else None
 
 
@@ -51,10 +52,16 @@ def _load_directory(path: Path, self_check: bool) -> EncoderModel:
 def _find_onnx(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".onnx" else None
-    files = sorted(path.glob("*.onnx"))
+    files = _onnx_files(path)
     if len(files) > 1:
-        raise UnsupportedModel(f"{path} holds {len(files)} ONNX files; give one of {', '.join(f.name for f in files)}")
+        names = ", ".join(str(file.relative_to(path)) for file in files)
+        raise UnsupportedModel(f"{path} holds {len(files)} ONNX files; give one of {names}")
     return files[0] if files else None
+
+
+def _onnx_files(path: Path) -> list[Path]:
+    """ONNX files of the directory `path`, or of its folder `onnx`, where hubs put them."""
+    return sorted(path.glob("*.onnx")) or sorted(path.glob(f"{ONNX_FOLDER}/*.onnx"))
 
 
 def _supported() -> str:

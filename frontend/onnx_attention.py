@@ -19,6 +19,7 @@ from tilewright.frontend.probe import Probe
 
 _SPLIT_HEADS = (0, 2, 1, 3)  # [batch, token, head, channel] -> [batch, head, token, channel]
 _KEYS = (0, 2, 3, 1)
+_SWAPPED = (0, 1, 3, 2)
 _MINUS_INFINITY = -1000.0  # a logit this much lower has probability 0 in float32
 
 
@@ -171,10 +172,38 @@ def _chain(walker: Walker, value: str, where: str) -> Chain:
             chain.value, chain.factor = factor[0], chain.factor * factor[1]
         elif node.op == "Transpose" and len(node.attributes.get("perm", ())) == 4:
             chain.value, chain.perm = node.inputs[0], tuple(node.attributes["perm"][axis] for axis in chain.perm)
+        elif (inner := _last_axes_swapped(walker, node)) is not None:
+            walker.assumptions.append(Assumption((source, inner), _not_swapped, where))
+            chain.value, chain.perm = inner, tuple(_SWAPPED[axis] for axis in chain.perm)
         elif node.op == "Reshape" and chain.shape is None:
             chain.value, chain.shape = node.inputs[0], node.inputs[1]
+        elif node.op == "Reshape":
+            walker.assumptions.append(Assumption((source, node.inputs[0]), _reshaped, where))
+            chain.value = node.inputs[0]
         else:
             raise _unsupported(where, f"{node.op} between a Linear and its attention product")
+
+
+def _last_axes_swapped(walker: Walker, node: Node) -> str | None:
+    """Match a transpose of the last two of four axes that is done on three: the value [batch, head, ., .] before it."""
+    transpose = walker.graph.node(node.inputs[0]) if node.op == "Reshape" else None
+    if transpose is None or transpose.op != "Transpose" or tuple(transpose.attributes.get("perm", ())) != (0, 2, 1):
+        return None
+    reshape = walker.graph.node(transpose.inputs[0])
+    return reshape.inputs[0] if reshape is not None and reshape.op == "Reshape" else None
+
+
+def _not_swapped(probe: Probe, values: Sequence[NDArray[Any]]) -> str | None:
+    after, before = values
+    if before.ndim == 4 and np.array_equal(after, before.transpose(_SWAPPED)):
+        return None
+    return f"{list(before.shape)} is reshaped and transposed to {list(after.shape)}; expected a transpose of the last two axes"
+
+
+def _reshaped(probe: Probe, values: Sequence[NDArray[Any]]) -> str | None:
+    """Whether a second reshape is more than one to the shape that there is, as exporters write them."""
+    after, before = values
+    return None if after.shape == before.shape else f"{list(before.shape)} is reshaped to {list(after.shape)}"
 
 
 def _softmax_input(walker: Walker, probabilities: str, where: str) -> _Scores:

@@ -6,8 +6,10 @@ residual stream, and between two of them either an attention or a feed-forward n
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,18 +25,26 @@ from tilewright.codegen.model import (
     Linear,
 )
 from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.frontend.config import read_json
+from tilewright.frontend.huggingface import problem_type
 from tilewright.frontend.onnx_attention import Chain, read_attention
 from tilewright.frontend.onnx_check import check
 from tilewright.frontend.onnx_embeddings import read_embeddings
 from tilewright.frontend.onnx_graph import read_graph
-from tilewright.frontend.onnx_head import read_head, read_pooling
+from tilewright.frontend.onnx_head import FoundHead, read_head, read_pooling
 from tilewright.frontend.onnx_linear import Product, Walker
 from tilewright.frontend.onnx_patterns import ACTIVATIONS, match
-from tilewright.frontend.onnx_probe import check_inputs
+from tilewright.frontend.onnx_probe import check_inputs, fold_scalars
+from tilewright.frontend.sentence_transformers import UNSTATED_POOLING, read_embedding
+
+ONNX_FOLDER = "onnx"
+"""Folder in which hubs put ONNX files, beneath the model's other files."""
 
 
 def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
-    """Read the ONNX file at `path`; tokenizer.json and config.json (for the labels) beside it are used if present.
+    """Read the ONNX file at `path`; what lies beside it (or above a folder `onnx`) is used if present.
+
+    That is tokenizer.json, config.json for the labels, and modules.json for a pooling that the graph leaves out.
 
     What the graph's masks, positions, token types and reshapes are taken to be is checked on probes. With `self_check`, so is
     every layer of the model that was read, in float32, against the graph without its quantised activations.
@@ -43,6 +53,7 @@ def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
     """
     graph = read_graph(path)
     check_inputs(graph)
+    fold_scalars(graph)
     walker = Walker(graph)
     found = read_head(walker)
     stream = _residual_stream(walker, found.hidden)
@@ -59,7 +70,9 @@ def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
     )
     _check_all_used(walker)
     _check_uniform(layers)
-    head = read_pooling(prober, found)
+    home = _home(path)
+    settings = read_json(home / "config.json", dict) if (home / "config.json").is_file() else {}
+    head = _stated(walker, read_pooling(prober, found), found, home, settings)
     _check_shapes(embeddings, layers, head)
     config = EncoderConfig(
         architecture="distilbert" if embeddings.token_type is None else "bert",
@@ -69,13 +82,33 @@ def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
         vocab_size=embeddings.word.shape[0],
         max_positions=embeddings.position.shape[0],
         activation=reader.activation or "gelu",
-        labels=_labels(path, head),
+        labels=_labels(settings, head),
     )
-    tokenizer = path.parent / "tokenizer.json"
+    tokenizer = home / "tokenizer.json"
     text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
     model = EncoderModel(config, embeddings, layers, head, text, walker.notes.report())
     check(model, walker, prober, stream, found.outputs, self_check)
     return model
+
+
+def _home(path: Path) -> Path:
+    """Where the tokenizer and settings of the ONNX file at `path` lie."""
+    above = path.parent.parent
+    return above if path.parent.name == ONNX_FOLDER and (above / "config.json").is_file() else path.parent
+
+
+def _stated(walker: Walker, head: Head, found: FoundHead, home: Path, settings: Mapping[str, Any]) -> Head:
+    """`head` with what is stated beside the graph: the meaning of its logits, or a pooling where the graph pools nothing."""
+    if head.kind == "sequence_classification" and head.projection is not None:
+        return replace(head, problem_type=problem_type(settings, len(head.projection.weight)))
+    if head.kind != "none" or found.outputs:
+        return head
+    embedding = read_embedding(home)
+    if embedding is None:
+        walker.notes.lines.append(UNSTATED_POOLING)
+        return head
+    walker.notes.lines.extend(embedding.notes)
+    return replace(head, pooling=embedding.pooling, normalize=embedding.normalize)
 
 
 class _LayerReader:
@@ -222,13 +255,11 @@ def _check_shapes(embeddings: Embeddings, layers: tuple[Layer, ...], head: Head)
             raise InvalidModel(f"a LayerNorm of {name} is not over {hidden} values")
 
 
-def _labels(path: Path, head: Head) -> tuple[str, ...]:
+def _labels(settings: Mapping[str, Any], head: Head) -> tuple[str, ...]:
     """Labels of a classifier from config.json beside the model, if it has them all."""
     if head.projection is None or "classification" not in head.kind:
         return ()
     try:
-        names = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["id2label"]
-        labels = tuple(str(names[str(i)]) for i in range(len(head.projection.weight)))
-    except (OSError, ValueError, KeyError, TypeError):
+        return tuple(str(settings["id2label"][str(i)]) for i in range(len(head.projection.weight)))
+    except (KeyError, TypeError):
         return ()
-    return labels

@@ -15,7 +15,6 @@ from tilewright.frontend.onnx_linear import Product, Walker
 from tilewright.frontend.onnx_probe import Prober
 from tilewright.frontend.probe import Probe
 from tilewright.frontend.reference import pool
-from tilewright.frontend.sentence_transformers import UNSTATED_POOLING
 
 _PRE_ACTIVATIONS: dict[str, Literal["tanh", "relu"]] = {"Tanh": "tanh", "Relu": "relu"}
 _WHERE = "head"
@@ -55,8 +54,6 @@ def read_head(walker: Walker) -> FoundHead:
                 walker.notes.lines.append(f"dropped output {output}")
     (value,) = hidden
     walker.notes.drop(graph.source(value)[1], _WHERE)
-    if embedding is None:
-        walker.notes.lines.append(UNSTATED_POOLING)
     return FoundHead(Head("none"), value, {} if embedding is None else {"sentence_embedding": embedding})
 
 

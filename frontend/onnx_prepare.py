@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """Rewrite the checked `model` in place and return it."""
-    if any(node.op_type in ("MatMulInteger", "DequantizeLinear") for node in model.graph.node):
+    if any(node.op_type in ("MatMulInteger", "DequantizeLinear", "Cast") for node in model.graph.node):
         graph = model.graph
         before = {name for node in graph.node for name in node.input}
         nodes = _used(list(_Rewriter(graph).nodes()), [output.name for output in graph.output])
@@ -56,6 +56,9 @@ class _Rewriter:
         from onnx import helper
 
         for left, right in (node.input, reversed(node.input)):
+            if (dequantized := self._scaled(node, left, right)) is not None:
+                yield dequantized
+                return
             cast, scales = self.producers.get(left), self.producers.get(right)
             product = self.producers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
             if product is None or product.op_type != "MatMulInteger" or scales is None or scales.op_type != "Mul":
@@ -69,6 +72,26 @@ class _Rewriter:
                     yield helper.make_node("MatMul", names, node.output, name=node.name)
                     return
         yield node
+
+    def _scaled(self, node: onnx.NodeProto, cast: str, scale: str) -> onnx.NodeProto | None:
+        """Mul(Cast(integers), scales) of constants as DequantizeLinear, or None if it is something else."""
+        from onnx import TensorProto, helper, numpy_helper
+
+        widened = self.producers.get(cast)
+        integers = self.tensors.get(widened.input[0]) if widened is not None and widened.op_type == "Cast" else None
+        scales = self.tensors.get(scale)
+        if integers is None or scales is None or integers.data_type not in (TensorProto.INT8, TensorProto.UINT8):
+            return None
+        axes = [axis - len(scales.dims) for axis, extent in enumerate(scales.dims) if extent > 1]
+        if len(axes) > 1 or scales.data_type != TensorProto.FLOAT or len(scales.dims) > len(integers.dims):
+            return None
+        name = f"{scale}/flat"
+        if name not in self.tensors:
+            flat = numpy_helper.to_array(scales).reshape(-1 if axes else ())
+            self.tensors[name] = numpy_helper.from_array(flat, name)
+            self.graph.initializer.append(self.tensors[name])
+        axis = len(integers.dims) + axes[0] if axes else 0
+        return helper.make_node("DequantizeLinear", [integers.name, name], node.output, name=node.name, axis=axis)
 
     def _real(self, value: str, scale: str, zero_point: str) -> tuple[str, list[onnx.NodeProto]] | None:
         """The real value behind a quantised operand, and the nodes that make it; None where the three are of different ones."""

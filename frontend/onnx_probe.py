@@ -72,6 +72,29 @@ class Prober:
                     raise UnsupportedModel(f"{assumption.where}: {wrong}")
 
 
+def fold_scalars(graph: Graph) -> None:
+    """Make constants of the scalar factors of `graph` that it computes from constants and extents, such as 1/sqrt(channels).
+
+    Extents of channels are the same for all inputs; what differs between two inputs of other sizes is left as it is.
+    """
+    depends = set(graph.inputs)
+    for node in graph.nodes:
+        if node.op != "Shape" and depends.intersection(node.inputs):
+            depends.update(node.outputs)
+    factors = {name for node in graph.nodes if node.op in ("Mul", "Div") for name in node.inputs}
+    open_values = sorted(name for name in factors - depends if name in graph.producers and graph.constant(name) is None)
+    if not open_values:
+        return
+    inputs = {value.name: value for value in graph.model.graph.input if value.name in graph.inputs}
+    batch, length = _fixed(inputs["input_ids"])
+    shapes = [(batch or 1, length or 2), (batch or 2, length or 3)]
+    feeds = [{name: np.ones(shape, _dtype(value)) for name, value in inputs.items()} for shape in shapes]
+    first, second = FloatGraph(graph).evaluate(feeds, open_values)
+    for name in open_values:
+        if first[name].size == second[name].size == 1 and first[name].reshape(()) == second[name].reshape(()):
+            graph.constants[name] = first[name].reshape(())
+
+
 def check_inputs(graph: Graph) -> None:
     """Raise UnsupportedModel unless the graph takes integers [batch, tokens] under the names of a BERT-like encoder."""
     unknown = [name for name in graph.inputs if name not in ROLES]
