@@ -23,10 +23,10 @@ from typing import Any
 
 from benchmarks.linear_kernel import EPILOGUES, Case, Result, measure
 from benchmarks.machine import machine
+from tilewright.codegen.decisions import Block
 from tilewright.codegen.workload import GROUP
 from tilewright.commands.output import block_name, progress_bar
 from tilewright.cpu import cpu_features
-from tilewright.schedules.blocks import Block
 from tilewright.schedules.isa import resolve
 
 WORTH_IT = 0.6  # share of zero blocks above which a sparse kernel may not be slower than dense

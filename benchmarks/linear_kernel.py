@@ -12,17 +12,17 @@ import tvm
 from numpy.typing import NDArray
 
 from benchmarks.peak import peak
-from tilewright.codegen.kernels.epilogue import Activate, AddNorm, Epilogue, Raw
-from tilewright.codegen.kernels.linear import linear
-from tilewright.codegen.kernels.norm import Norm
-from tilewright.codegen.lowering import PIPELINE
+from tilewright.codegen.decisions import Block, Storage
+from tilewright.codegen.epilogues import Activate, AddNorm, Epilogue, Norm, Raw
+from tilewright.codegen.formats import GROUP
 from tilewright.codegen.packing import pack_linear
-from tilewright.codegen.plan import LinearPlan
-from tilewright.codegen.workload import FAMILY_LANES, GROUP, Workload
+from tilewright.codegen.workload import density_bucket
 from tilewright.commands.output import block_name
-from tilewright.schedules.apply import schedule
-from tilewright.schedules.blocks import Block, choose
-from tilewright.schedules.isa import ISAS
+from tilewright.schedules.blocks import dense
+from tilewright.schedules.choice import sparse_storage
+from tilewright.schedules.decide import decide_linear
+from tilewright.schedules.isa import ISAS, Isa
+from tilewright.schedules.single import Single, linear_spec, single_linear
 
 EPILOGUES = ("relu", "gelu", "add_norm", "raw")
 TURN = 0.002  # seconds of one kernel's turn
@@ -62,7 +62,7 @@ class Runner:
     """A compiled kernel with its arguments, and what was measured so far: seconds, and GMAC/s of the peak loop."""
 
     case: Case
-    plan: LinearPlan
+    storage: Storage
     macs: int
     run: Any
     arguments: list[Any]
@@ -102,14 +102,14 @@ def _counts(spread: str, rows: int, columns: int, kept: int, random: np.random.G
     return counts
 
 
-def _epilogue(name: str, plan: LinearPlan) -> tuple[Epilogue, bool]:
-    """The epilogue, writing the layout that a like kernel reads, and whether it adds to the residual stream."""
-    lanes = FAMILY_LANES[plan.family]
+def _epilogue(name: str, storage: Storage, n: int, isa: Isa) -> Epilogue:
+    """The epilogue, writing the format that a like kernel of `n` inputs reads."""
+    following = decide_linear(storage, n, n, 100, isa).input
     if name == "raw":
-        return Raw(), False
+        return Raw()
     if name == "add_norm":
-        return AddNorm(Norm(1e-12, lanes, lanes, plan.layout)), True
-    return Activate(name, plan.layout), False
+        return AddNorm(Norm(1e-12, storage.lanes, storage.lanes, following))
+    return Activate(name, following)
 
 
 class Builder:
@@ -117,34 +117,30 @@ class Builder:
 
     def __init__(self, epilogue: str) -> None:
         self._epilogue = epilogue
-        self._built: dict[Any, Any] = {}
+        self._built: dict[Any, Single] = {}
 
     def runner(self, case: Case) -> Runner:
-        """The case's kernel on random operands; a sparse one also where dense tiles would be chosen instead."""
-        isa, plan, (n, k) = ISAS[case.level], choose(case.block, ISAS[case.level]), case.shape
+        """The case's kernel on random operands; a sparse one also where dense would be chosen instead."""
+        isa, (n, k) = ISAS[case.level], case.shape
+        storage = (case.block and sparse_storage(case.block, isa)) or dense(isa)
         random = np.random.default_rng(0)
         weight = weights(case, random)
-        epilogue, residual = _epilogue(self._epilogue, plan)
-        density = 100 if plan.block is None else min(100, -(-round((1 - case.sparsity) * 100) // 5) * 5)
-        workload = Workload(
-            "linear", n, k, isa.name, isa.operands, self._epilogue, plan.family, plan.block,
-            FAMILY_LANES[plan.family] if residual else None, density,
-        )  # fmt: skip
-        if workload not in self._built:
-            func = schedule(linear(workload, epilogue)).with_attr("global_symbol", "main")
-            module = tvm.compile(tvm.IRModule({"main": func}), target=isa.target(), tir_pipeline=PIPELINE).mod
-            self._built[workload] = (module, [(param.name, param.shape, str(param.dtype)) for param in func.params])
-        module, parameters = self._built[workload]
-        packed = pack_linear(workload, weight).arguments()
+        epilogue = _epilogue(self._epilogue, storage, n, isa)
+        density = 100 if storage.block is None else density_bucket(1 - case.sparsity)
+        spec = linear_spec(isa, storage, n, k, epilogue, density)
+        if spec not in self._built:
+            self._built[spec] = single_linear(spec, epilogue)
+        made = self._built[spec]
+        packed = pack_linear(spec.linear, weight).arguments()
         arguments = [
             tvm.runtime.tensor(packed[name] if name in packed else _values(shape, dtype, case.tokens // GROUP, random))
-            for name, shape, dtype in parameters
+            for name, shape, dtype in made.parameters
         ]
 
         def run(number: int) -> Any:
-            return module.time_evaluator("main", tvm.cpu(), number=number, repeat=3)
+            return made.module.time_evaluator("main", tvm.cpu(), number=number, repeat=3)
 
-        return Runner(case, plan, case.tokens * int(np.count_nonzero(weight)), run, arguments)
+        return Runner(case, storage, case.tokens * int(np.count_nonzero(weight)), run, arguments)
 
 
 def _values(shape: Sequence[Any], dtype: str, groups: int, random: np.random.Generator) -> NDArray[Any]:
@@ -179,7 +175,7 @@ def _result(runner: Runner, others: Sequence[Runner]) -> Result:
     seconds = statistics.median(runner.seconds)
     return Result(
         case=case,
-        stored=f"{runner.plan.family} {block_name(runner.plan.block)}",
+        stored=f"{runner.storage.family} {block_name(runner.storage.block)}",
         microseconds=seconds * 1e6,
         gmacs=statistics.median(rates),
         peak=100 * statistics.median(rate / most for rate, most in zip(rates, runner.peaks, strict=True)),

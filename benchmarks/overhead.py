@@ -31,7 +31,7 @@ from tilewright.codegen.lower import lower
 from tilewright.engine import Engine
 from tilewright.measure import random_ids
 from tilewright.runtime import Executable
-from tilewright.schedules.blocks import plan
+from tilewright.schedules.choice import plan
 from tilewright.schedules.isa import ISAS
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 import tilewright
 from benchmarks.linear_kernel import Case, weights
+from tilewright.codegen.decisions import Block
 from tilewright.codegen.model import (
     Attention,
     Embeddings,
@@ -21,7 +22,6 @@ from tilewright.codegen.model import (
     Quantization,
 )
 from tilewright.predict import Sizes
-from tilewright.schedules.blocks import Block
 from tilewright.schedules.isa import Isa
 
 WORDS, _POSITIONS = 1000, 512

@@ -26,14 +26,16 @@ from benchmarks import static_throughput
 from benchmarks.machine import machine
 from benchmarks.peak import clock
 from benchmarks.random_encoder import compiled
-from tilewright.codegen.plan import LinearPlan
+from tilewright.codegen.block_sparse import BLOCKS
+from tilewright.codegen.decisions import Block, Storage
 from tilewright.commands.output import progress_bar
 from tilewright.cpu import cpu_features
 from tilewright.hardware import detect
 from tilewright.measure import random_ids
 from tilewright.predict import Sizes
 from tilewright.schedules import rates
-from tilewright.schedules.blocks import BLOCKS, PAYS_ON_TILES, Block, choose
+from tilewright.schedules.blocks import dense
+from tilewright.schedules.choice import sparse_storage
 from tilewright.schedules.isa import ISAS, Isa
 from tilewright.schedules.rates import AttentionRate, LevelRates, LinearRate
 
@@ -72,33 +74,26 @@ def profile(engine: tilewright.Engine, length: int) -> Cycles:
     return {name: least * hertz for name, least in seconds.items()}
 
 
-def plans(isa: Isa) -> dict[LinearPlan, Block | None]:
-    """The plans that the level chooses for any block shape, if few blocks are left, each with a shape that leads to it."""
-    found: dict[LinearPlan, Block | None] = {}
-    for block in (None, *BLOCKS):
-        found.setdefault(dataclasses.replace(choose(block, isa), reason=""), block)
+def ways(isa: Isa) -> dict[Storage, Block | None]:
+    """How the level stores dense matrices and each block shape, with a shape that leads to it."""
+    found: dict[Storage, Block | None] = {dense(isa): None}
+    for block in BLOCKS:
+        if (storage := sparse_storage(block, isa)) is not None:
+            found.setdefault(storage, block)
     return found
-
-
-def densities(isa: Isa, plan: LinearPlan) -> tuple[float, ...]:
-    """The shares of non-zero blocks to fit `plan` to: DENSITIES, or less where the level would choose dense tiles."""
-    if plan.block is None:
-        return (1.0,)
-    scale = min(1.0, 0.9 * PAYS_ON_TILES[plan.family] / max(DENSITIES)) if isa.tiles else 1.0
-    return tuple(scale * density for density in DENSITIES)
 
 
 def measure(isa: Isa, cpu: str, about: str, tick: Callable[[], None]) -> LevelRates:
     """The rates of `isa` on this CPU; `tick` is called after each engine."""
     linears = []
-    for plan, block in plans(isa).items():
+    for storage, block in ways(isa).items():
         cycles = {}
-        for density in densities(isa, plan):
+        for density in (1.0,) if block is None else DENSITIES:
             engine = compiled(FITTED, isa, block, 1 - density)
             cycles[density] = profile(engine, LENGTH)
             tick()
-        linears.append(fit_linear(plan, cycles))
-        if plan.block is None:
+        linears.append(fit_linear(storage, cycles))
+        if block is None:
             wide = {(FITTED, length): profile(engine, length) for length in LENGTHS}
             narrow_engine = compiled(SMALL_HEADS, isa, None, 0.0)
             narrow = {(SMALL_HEADS, length): profile(narrow_engine, length) for length in LENGTHS}
@@ -107,7 +102,7 @@ def measure(isa: Isa, cpu: str, about: str, tick: Callable[[], None]) -> LevelRa
     return LevelRates(isa.name, cpu, "measured", about, best_clock(), tuple(linears), attention, embedding)
 
 
-def fit_linear(plan: LinearPlan, cycles: Mapping[float, Cycles]) -> LinearRate:
+def fit_linear(storage: Storage, cycles: Mapping[float, Cycles]) -> LinearRate:
     """Rates from the kernels' cycles of one call on LENGTH tokens, by density."""
     rows, targets = [], []
     for density, kernels in cycles.items():
@@ -115,7 +110,7 @@ def fit_linear(plan: LinearPlan, cycles: Mapping[float, Cycles]) -> LinearRate:
             rows.append([outputs * inputs * density, *(outputs * (epilogue == other) for other in EPILOGUES)])
             targets.append(kernels[name] / LENGTH)
     per_mac, *costs = solve(rows, targets)
-    return LinearRate(plan.family, plan.block, 1 / per_mac, *costs)
+    return LinearRate(storage.family, storage.block, 1 / per_mac, *costs)
 
 
 def fit_attention(cycles: Mapping[tuple[Sizes, int], Cycles]) -> AttentionRate:
@@ -146,12 +141,12 @@ def model(isa: Isa, measured: Sequence[LevelRates], tick: Callable[[], None]) ->
         (entry for entry in measured if entry.isa == isa.name), None
     ) or next(entry for entry in measured if ISAS[entry.isa].lanes == isa.lanes)  # fmt: skip
     linears = []
-    for plan in plans(isa):
-        known = basis.of(plan) or next(rate for rate in basis.linears if rate.family == plan.family)
-        macs = static_throughput.analyse(tool, isa, plan, FITTED.hidden, FITTED.hidden).macs_per_cycle
-        linears.append(dataclasses.replace(known, family=plan.family, block=plan.block, macs=macs))
+    for storage in ways(isa):
+        known = basis.of(storage) or basis.linears[0]
+        macs = static_throughput.analyse(tool, isa, storage, FITTED.hidden, FITTED.hidden).macs_per_cycle
+        linears.append(dataclasses.replace(known, family=storage.family, block=storage.block, macs=macs))
         tick()
-    faster = linears[0].macs / basis.linears[0].macs  # both begin with the dense plan
+    faster = linears[0].macs / basis.linears[0].macs  # both begin with dense
     most = static_throughput.PER_CYCLE * isa.lanes * isa.operands.pack
     attention = dataclasses.replace(basis.attention, macs=min(basis.attention.macs * faster, most))
     level = "" if basis.isa == isa.name else f" at {basis.isa}"
@@ -164,9 +159,9 @@ def model(isa: Isa, measured: Sequence[LevelRates], tick: Callable[[], None]) ->
 def model_tiles(isa: Isa, vectors: LevelRates) -> LevelRates:
     """The rates of AMX level `isa`: those of `vectors`, the level whose intrinsics it shares, and TILE_MACS."""
     linears = tuple(
-        vectors.of(plan)
-        or dataclasses.replace(vectors.linears[0], family=plan.family, block=plan.block, macs=TILE_MACS[plan.block])
-        for plan in plans(isa)
+        vectors.of(storage)
+        or dataclasses.replace(vectors.linears[0], family=storage.family, block=storage.block, macs=TILE_MACS[storage.block])
+        for storage in ways(isa)
     )
     about = f"tiles by their instructions' throughput, memory not counted; the rest: {vectors.about}"
     return dataclasses.replace(vectors, isa=isa.name, cpu="sapphirerapids", about=about, linears=linears)
@@ -194,7 +189,7 @@ def main() -> None:
     about = f"{found['cpu']}, {found['date']}, {found['versions']}"
     native = [ISAS[name] for name in args.levels if cpu_features().issuperset(ISAS[name].features)]
     modelled = [ISAS[name] for name in static_throughput.LEVELS]
-    total = sum(2 * len(plans(isa)) - 1 for isa in native) + sum(len(plans(isa)) for isa in modelled)
+    total = sum(2 * len(ways(isa)) - 1 for isa in native) + sum(len(ways(isa)) for isa in modelled)
     done = itertools.count(1)
     with progress_bar("kernels") as progress:
 

@@ -19,18 +19,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
-import tvm
-
-from tilewright.codegen.kernels.epilogue import Raw
-from tilewright.codegen.kernels.linear import linear
-from tilewright.codegen.lowering import PIPELINE
-from tilewright.codegen.plan import LinearPlan
-from tilewright.codegen.workload import Workload
-from tilewright.schedules.apply import schedule
-from tilewright.schedules.blocks import BLOCKS, DENSE, legal
+from tilewright.codegen.block_sparse import BLOCKS
+from tilewright.codegen.decisions import Storage
+from tilewright.codegen.epilogues import Raw
+from tilewright.commands.output import block_name
+from tilewright.schedules.blocks import DENSE, legal
 from tilewright.schedules.isa import ISAS, Isa
+from tilewright.schedules.single import linear_spec, single_linear
 
 LEVELS = ("avx2", "avxvnni", "avx512", "avx512vnni")
 SHAPES = ((768, 768), (3072, 768), (768, 3072))
@@ -62,13 +60,10 @@ class Row:
     bound: str
 
 
-def assembly(isa: Isa, plan: LinearPlan, n: int, k: int) -> str:
-    """What LLVM generates for the plan's kernel."""
-    density = 100 if plan.block is None else DENSITY
-    workload = Workload("linear", n, k, isa.name, isa.operands, "raw", plan.family, plan.block, density=density)
-    func = schedule(linear(workload, Raw())).with_attr("global_symbol", "main")
-    module = tvm.compile(tvm.IRModule({"main": func}), target=isa.target(), tir_pipeline=PIPELINE).mod
-    return str(module.inspect_source("asm"))
+def assembly(isa: Isa, storage: Storage, n: int, k: int) -> str:
+    """What LLVM generates for the kernel of a matrix stored so."""
+    spec = linear_spec(isa, storage, n, k, Raw(), 100 if storage.block is None else DENSITY)
+    return single_linear(spec, Raw()).assembly
 
 
 def inner_loop(text: str) -> list[str]:
@@ -121,29 +116,28 @@ def predict(tool: str, loop: Sequence[str]) -> tuple[float, str]:
     return cycles, name if limit > 0.85 * cycles else "latency"
 
 
-def analyse(tool: str, isa: Isa, plan: LinearPlan, n: int, k: int) -> Row:
+def analyse(tool: str, isa: Isa, storage: Storage, n: int, k: int) -> Row:
     """Compile one kernel and look at its inner loop."""
-    loop = inner_loop(assembly(isa, plan, n, k))
+    loop = inner_loop(assembly(isa, storage, n, k))
     dots = [match for match in map(DOT.match, loop) if match]
     macs = sum(VECTOR_BITS[match[2]] // 32 * isa.operands.pack for match in dots)
     cycles, bound = predict(tool, loop)
     own, vnni = (PER_CYCLE * ISAS[name].lanes * ISAS[name].operands.pack for name in (isa.name, "avx512vnni"))
-    block = "dense" if plan.block is None else f"{plan.block[0]}x{plan.block[1]}"
+    block = block_name(storage.block)
     rate = macs / cycles
     return Row(
-        isa.name, plan.family, block, f"{n}x{k}", len(dots), len(loop), *stack_accesses(loop),
+        isa.name, storage.family, block, f"{n}x{k}", len(dots), len(loop), *stack_accesses(loop),
         round(cycles, 2), round(rate, 1), round(100 * rate / own, 1), round(100 * rate / vnni, 1), bound,
     )  # fmt: skip
 
 
-def plans(isa: Isa, blocks: Sequence[str]) -> Iterator[LinearPlan]:
+def ways(isa: Isa, blocks: Sequence[str]) -> Iterator[Storage]:
     """The kernels that a level may use, once each; only those of `blocks` if given."""
     seen = set()
-    for plan in [DENSE, *(plan for plans in BLOCKS.values() for plan in plans)]:
-        name = "dense" if plan.block is None else f"{plan.block[0]}x{plan.block[1]}"
-        if (plan.family, plan.block) not in seen and legal(plan, isa) and (not blocks or name in blocks):
-            seen.add((plan.family, plan.block))
-            yield plan
+    for storage in [DENSE, *chain(*BLOCKS.values())]:
+        if storage not in seen and legal(storage, isa) and (not blocks or block_name(storage.block) in blocks):
+            seen.add(storage)
+            yield storage
 
 
 def markdown(rows: Sequence[Row], version: str) -> str:
@@ -178,7 +172,7 @@ def main() -> None:
     for shape in args.shapes:
         n, k = map(int, shape.split("x"))
         for isa in (ISAS[name] for name in args.levels):
-            rows += [analyse(tool, isa, plan, n, k) for plan in plans(isa, args.blocks)]
+            rows += [analyse(tool, isa, storage, n, k) for storage in ways(isa, args.blocks)]
     about = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"LLVM version \S+", about)
     print(markdown(rows, f"llvm-mca of {version[0] if version else 'an unknown version'}"))

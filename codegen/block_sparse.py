@@ -7,13 +7,31 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewright.codegen.decisions import Block, Storage
 from tilewright.errors import InvalidModel
 
-BLOCK_SHAPES: list[tuple[int, int]] = [(1, 4), (4, 1), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 4), (32, 4)]
-"""Block shapes (outputs, inputs) that `detect_block` looks for; `schedules.blocks.register_block` adds to them."""
+BLOCKS: dict[Block, tuple[Storage, ...]] = {
+    (1, 4): (Storage("column", (1, 4)),),
+    (4, 1): (Storage("gather", (4, 1)),),
+    (4, 4): (Storage("column", (4, 4)),),
+    (8, 1): (Storage("gather", (8, 1)), Storage("gather", (4, 1))),
+    (8, 2): (Storage("row", (8, 2)), Storage("gather", (8, 1)), Storage("gather", (4, 1))),
+    (8, 4): (Storage("column", (8, 4)), Storage("column", (4, 4))),
+    (16, 1): (Storage("gather", (16, 1)), Storage("gather", (4, 1))),
+    (16, 4): (Storage("tile_column", (16, 4)), Storage("row", (16, 4))),
+    (32, 4): (Storage("tile_column", (32, 4)), Storage("row", (32, 4))),
+}
+"""Block shapes (outputs, inputs) that `detect_block` looks for, each with the ways to store it, best first.
 
-MIN_SPARSITY = 0.5
-"""A layer with a smaller share of zero blocks is treated as dense: below it no published block-sparse kernel wins."""
+The first that is legal and fits the registers of an ISA level is used (`schedules/choice.py`); it may be of smaller blocks, as
+(8, 1) blocks are stored as (4, 1) where registers are few for their tile. `register_block` adds a shape.
+"""
+
+NOTABLE_SPARSITY = 0.05
+"""The share of zero blocks from which `detect_block` reports a shape: less is what single zeros give by chance.
+
+Whether it pays to skip them is not decided here but in `schedules/choice.py`.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,16 +82,16 @@ def block_density(dense: NDArray[np.generic], block: tuple[int, int]) -> float |
     return float(_blocks(dense, block).any(axis=(2, 3)).mean())
 
 
-def detect_block(dense: NDArray[np.generic]) -> tuple[int, int] | None:
-    """The largest of BLOCK_SHAPES that explains the zero blocks of dense [N, K], or None for a dense matrix.
+def detect_block(dense: NDArray[np.generic]) -> Block | None:
+    """The largest shape of BLOCKS that explains the zero blocks of dense [N, K], or None for a dense matrix.
 
-    A shape explains them when its share of zero blocks reaches MIN_SPARSITY and is within one point of the best shape's:
+    A shape explains them when its share of zero blocks reaches NOTABLE_SPARSITY and is within one point of the best shape's:
     a block larger than the pruned one would store zeros. Zero elements are not counted, because quantisation rounds
     small weights inside kept blocks to zero.
     """
-    zeros = {block: 1.0 - density for block in BLOCK_SHAPES if (density := block_density(dense, block)) is not None}
+    zeros = {block: 1.0 - density for block in BLOCKS if (density := block_density(dense, block)) is not None}
     best = max(zeros.values(), default=0.0)
-    if best < MIN_SPARSITY:
+    if best < NOTABLE_SPARSITY:
         return None
     return max((block for block, zero in zeros.items() if zero >= best - 0.01), key=lambda block: block[0] * block[1])
 

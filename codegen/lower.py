@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,18 +10,17 @@ import tvm
 from numpy.typing import NDArray
 
 from tilewright.codegen.coding import code_table
+from tilewright.codegen.epilogues import Activate, AddNorm, Epilogue, Norm, Qkv
+from tilewright.codegen.formats import GROUP, Format, Layout
 from tilewright.codegen.kernels.attention import attention
-from tilewright.codegen.kernels.common import shape
 from tilewright.codegen.kernels.embedding import embedding
-from tilewright.codegen.kernels.epilogue import Activate, AddNorm, Epilogue, Qkv
 from tilewright.codegen.kernels.head import VECTOR, padded_width, pool, sequence_head, token_head
 from tilewright.codegen.kernels.linear import linear
-from tilewright.codegen.kernels.norm import Norm
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear, Quantization
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.plan import LayerPlan, LinearPlan, Plan
 from tilewright.codegen.program import Array, Program, Value
-from tilewright.codegen.workload import GROUP, Layout, Workload
+from tilewright.codegen.workload import KernelSpec, Workload
 from tilewright.errors import InvalidModel, ScheduleMismatch, UnsupportedModel
 
 
@@ -37,21 +36,28 @@ class Output:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One linear kernel: the block stored, the share of weights in stored blocks, and why it is not stored as found."""
+    """One linear kernel as it was compiled.
+
+    density: share of weights in stored blocks. reason: why it is not stored as found. workload: the task, for tuning records.
+    """
 
     name: str
     shape: tuple[int, int]
-    block: tuple[int, int] | None
     density: float
     reason: str
     workload: Workload
+    spec: KernelSpec
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A module ready for scheduling. `parameters` are in the order of the main function's `params` tuple."""
+    """A module ready for scheduling, by the specs of its kernels.
+
+    `parameters` are in the order of the main function's `params` tuple.
+    """
 
     module: tvm.IRModule
+    specs: dict[str, KernelSpec]
     parameters: dict[str, Array]
     inputs: tuple[str, ...]
     outputs: tuple[Output, ...]
@@ -87,7 +93,7 @@ class _Lowering:
 
     def __init__(self, model: EncoderModel, plan: Plan, max_tokens: int):
         self.model, self.plan, self.max_tokens = model, plan, max_tokens
-        self.config, self.operands = model.config, plan.operands
+        self.config = model.config
         self.program = Program()
         self.reports: list[KernelReport] = []
 
@@ -98,31 +104,26 @@ class _Lowering:
             stream, small = self._layer(index, layer, plan, stream, small)
         outputs = self._head(stream)
         module = self.program.to_relax(inputs, [output.name for output in outputs], self.max_tokens)
-        parameters, reports = self.program.parameters, tuple(self.reports)
-        return Lowered(module, parameters, tuple(inputs), tuple(outputs), reports, self.max_tokens)
+        program, reports = self.program, tuple(self.reports)
+        return Lowered(module, program.specs, program.parameters, tuple(inputs), tuple(outputs), reports, self.max_tokens)
 
-    def _consumer(self, layer: int) -> tuple[Layout, Quantization] | None:
-        """Layout and quantisation that encoder layer `layer` wants its input in; None past the last layer."""
+    def _consumer(self, layer: int) -> tuple[Format, Quantization] | None:
+        """Format and quantisation that encoder layer `layer` wants its input in; None past the last layer."""
         if layer >= len(self.model.layers):
             return None
-        return self.plan.layers[layer].qkv.layout, _input(self.model.layers[layer].attention.query)
-
-    def _activation(self, name: str, layout: Layout, channels: int) -> Value:
-        return Value(name, tuple(shape(layout, self.program.groups, channels, self.operands.pack)), self.operands.activation)
+        return self.plan.layers[layer].qkv.input, _input(self.model.layers[layer].attention.query)
 
     def _norm(
-        self, name: str, weights: LayerNorm, consumer: tuple[Layout, Quantization] | None
+        self, name: str, weights: LayerNorm, consumer: tuple[Format, Quantization] | None
     ) -> tuple[Norm, list[str], list[Value]]:
         """The norm, its parameter names and its results: the stream (in rows for the head) and the u8 copy if consumed."""
-        hidden, groups = self.config.hidden_size, self.program.groups
         stream: Layout = self.plan.residual if consumer else "rows"
         quant = np.zeros(2, np.float32) if consumer is None else _quant(consumer[1])
         names = self.program.add_parameters(name, {"gamma": weights.weight, "beta": weights.bias, "quant": quant})
-        stream_name = f"{name}.stream" if consumer else LAST
-        results = [Value(stream_name, tuple(shape(stream, groups, hidden)), "float32")]
-        if consumer is not None:
-            results.append(self._activation(f"{name}.quantized", consumer[0], hidden))
-        return Norm(weights.eps, self.plan.residual, stream, consumer[0] if consumer else None), names, results
+        norm = Norm(weights.eps, self.plan.residual, stream, consumer[0] if consumer else None)
+        outputs = norm.outputs(self.program.groups, self.config.hidden_size)
+        results = [Value(LAST if consumer is None else f"{name}.{output}", shape, dtype) for output, shape, dtype in outputs]
+        return norm, names, results
 
     def _embedding(self, inputs: list[str]) -> tuple[str, str]:
         tables = self.model.embeddings
@@ -135,19 +136,13 @@ class _Lowering:
         norm, norm_names, results = self._norm("embeddings.norm", tables.norm, self._consumer(0))
         words, hidden = tables.word.shape
         types = 0 if tables.token_type is None else len(tables.token_type)
-        workload = Workload(
-            "embedding",
-            words,
-            hidden,
-            self.plan.isa,
-            self.operands,
-            f"{'u8' if coded else 'f32'}>{norm.consumer}",
-            residual=norm.residual,
-        )
+        label = f"{'u8' if coded else 'f32'}@{norm.label}"
+        spec = KernelSpec("embedding", words, hidden, self.plan.isa, label, residual=norm.residual)
         self.program.call(
             "embedding",
-            (workload, norm),
-            lambda: embedding(workload, norm, len(tables.position), types, coded is not None),
+            spec,
+            norm,
+            lambda: embedding(spec, norm, len(tables.position), types, coded is not None),
             [*inputs, *names, *norm_names],
             results,
         )
@@ -157,25 +152,21 @@ class _Lowering:
         program, config, name = self.program, self.config, f"layer{index}"
         hidden, attn = config.hidden_size, layer.attention
         qs, ks, vs = (_known(scale) for scale in (attn.query_scale, attn.key_scale, attn.value_scale))
-        groups, pack, operands = program.groups, self.operands.pack, self.operands
-        qkv = [
-            Value(f"{name}.query", (groups, hidden // pack, GROUP, pack), operands.attention),
-            Value(f"{name}.key", (groups, hidden // pack, GROUP, pack), operands.key),
-            Value(f"{name}.value", (groups, hidden, GROUP), operands.attention),
-        ]
-        linears = (attn.query, attn.key, attn.value)
-        self._linear(f"{name}.qkv", linears, (qs, ks, vs), plan.qkv, Qkv(), "qkv", [small], [], qkv)
+        linears, epilogue = (attn.query, attn.key, attn.value), Qkv(plan.attention.operands)
+        qkv = self._linear(f"{name}.qkv", linears, plan.qkv, epilogue, small, divisors=(qs, ks, vs))
 
         context_quant = _input(attn.output)
         score = np.float32(qs * ks / config.head_dim**0.5)
         quant = np.array([score, vs / context_quant.scale, context_quant.zero_point], np.float32)
-        context = self._activation(f"{name}.context", plan.output.layout, hidden)
-        workload = Workload("attention", config.num_heads, config.head_dim, self.plan.isa, operands, plan.output.layout)
+        consumer = plan.output.input
+        context = Value(f"{name}.context", consumer.shape(program.groups, hidden), consumer.dtype)
+        spec = KernelSpec("attention", config.num_heads, config.head_dim, self.plan.isa, consumer.label, plan.attention)
         program.call(
             "attention",
-            (workload,),
-            lambda: attention(workload, plan.output.layout, config.max_positions),
-            [*(value.name for value in qkv), "offsets", *program.add_parameters(f"{name}.attention", {"quant": quant})],
+            spec,
+            (),
+            lambda: attention(spec, consumer, config.max_positions),
+            [*qkv, "offsets", *program.add_parameters(f"{name}.attention", {"quant": quant})],
             [context],
         )
         stream, small = self._add_norm(
@@ -183,26 +174,15 @@ class _Lowering:
             attn.output,
             plan.output,
             layer.attention_norm,
-            (plan.up.layout, _input(layer.up)),
+            (plan.up.input, _input(layer.up)),
             stream,
             context.name,
         )
-        activated = self._activation(f"{name}.activated", plan.down.layout, config.intermediate_size)
         extra = program.add_parameters(f"{name}.activation", {"quant": _quant(_input(layer.down))})
-        epilogue = Activate(config.activation, plan.down.layout)
-        self._linear(
-            f"{name}.up",
-            (layer.up,),
-            (1.0,),
-            plan.up,
-            epilogue,
-            f"{config.activation}>{plan.down.layout}",
-            [small],
-            extra,
-            [activated],
-        )
-        consumer = self._consumer(index + 1)
-        return self._add_norm(f"{name}.down", layer.down, plan.down, layer.output_norm, consumer, stream, activated.name)
+        activate = Activate(config.activation, plan.down.input)
+        (activated,) = self._linear(f"{name}.up", (layer.up,), plan.up, activate, small, extra)
+        following = self._consumer(index + 1)
+        return self._add_norm(f"{name}.down", layer.down, plan.down, layer.output_norm, following, stream, activated)
 
     def _add_norm(
         self,
@@ -210,29 +190,32 @@ class _Lowering:
         weights: Linear,
         plan: LinearPlan,
         norm_weights: LayerNorm,
-        consumer: tuple[Layout, Quantization] | None,
+        consumer: tuple[Format, Quantization] | None,
         stream: str,
         small: str,
     ) -> tuple[str, str]:
         norm, names, results = self._norm(f"{name}.norm", norm_weights, consumer)
-        label = f"add_norm@{norm.residual}" + (f">{norm.consumer}" if norm.consumer else "")
-        self._linear(name, (weights,), (1.0,), plan, AddNorm(norm), label, [small], [stream, *names], results)
+        self._linear(name, (weights,), plan, AddNorm(norm), small, [stream, *names], results=results)
         return results[0].name, results[-1].name
 
     def _linear(
         self,
         name: str,
         parts: tuple[Linear, ...],
-        divisors: tuple[float, ...],
         plan: LinearPlan,
         epilogue: Epilogue,
-        label: str,
-        x: list[str],
-        extra: list[str],
-        results: list[Value],
-    ) -> None:
-        """One kernel for `parts`, their outputs concatenated; part i's real result is divided by divisors[i]."""
+        x: str,
+        extra: Sequence[str] = (),
+        divisors: Sequence[float] | None = None,
+        results: Sequence[Value] | None = None,
+    ) -> list[str]:
+        """One kernel for `parts`, their outputs concatenated, that reads `x`; returns the names of its results.
+
+        extra: the epilogue's own arguments. divisors: part i's real result is divided by divisors[i], if any. results: under
+        which names, if not those of the epilogue's outputs.
+        """
         quantization = _input(parts[0])
+        divisors = divisors or [1.0] * len(parts)
         if any(part.input != quantization for part in parts):
             raise InvalidModel(
                 f"{name}: {', '.join(part.name for part in parts)} read differently quantised inputs; they must share one"
@@ -242,40 +225,43 @@ class _Lowering:
         scale = np.concatenate([_scale(part) * quantization.scale / d for part, d in zip(parts, divisors, strict=True)])
         bias = np.concatenate([part.bias.astype(np.float64) / d for part, d in zip(parts, divisors, strict=True)])
         n, k = weight.shape
-        base = Workload("linear", n, k, self.plan.isa, self.operands, label, plan.family, plan.block)
-        residual = epilogue.norm.residual if isinstance(epilogue, AddNorm) else None
-        packed = pack_linear(base, weight)
-        density = packed.stored / weight.size
-        percent = min(100, -(-round(density * 100) // 5) * 5)
-        workload = dataclasses.replace(base, residual=residual, density=percent)
+        made = plan.decisions
+        packed = pack_linear(made, weight)
+        spec = KernelSpec("linear", n, k, self.plan.isa, epilogue.label, made, epilogue.residual)
         arrays = {
             **packed.arguments(),
             "fold": (-quantization.zero_point * weight.astype(np.int64).sum(axis=1)).astype(np.int32),
             "scale": scale.astype(np.float32),
             "bias": bias.astype(np.float32),
         }
+        if results is None:
+            outputs = epilogue.outputs(self.program.groups, n, made.storage.lanes)
+            results = [Value(f"{name}.{output}", shape, dtype) for output, shape, dtype in outputs]
         self.program.call(
             name.split(".")[-1],
-            (dataclasses.replace(workload, density=100), epilogue),
-            lambda: linear(workload, epilogue),
-            [*x, *self.program.add_parameters(name, arrays), *extra],
+            spec,
+            epilogue,
+            lambda: linear(spec, epilogue),
+            [x, *self.program.add_parameters(name, arrays), *extra],
             results,
         )
-        self.reports.append(KernelReport(name, (n, k), plan.block, density, plan.reason, workload))
+        workload = Workload("linear", n, k, self.plan.isa, epilogue.label, plan.found, plan.density)
+        self.reports.append(KernelReport(name, (n, k), packed.stored / weight.size, plan.reason, workload, spec))
+        return [result.name for result in results]
 
     def _head(self, stream: str) -> list[Output]:
         """Append the head's kernels; returns the module's outputs."""
         head, program, hidden = self.model.head, self.program, self.config.hidden_size
         groups, sequences = program.groups, program.ends - 1
 
-        def workload(op: str, width: int, epilogue: str = "") -> Workload:
-            return Workload(op, width, hidden, self.plan.isa, self.operands, epilogue)
+        def kernel(op: str, width: int, label: str = "") -> KernelSpec:
+            return KernelSpec(op, width, hidden, self.plan.isa, label)
 
         if head.kind == "none":
             pooled = Value("sentence_embedding", (sequences, hidden), "float32")
             pooling, normalize = head.pooling, head.normalize
-            own = workload("pool", hidden, pooling + (">unit" if normalize else ""))
-            program.call(f"{pooling}_pool", (own,), lambda: pool(own, pooling, normalize), [stream, "offsets"], [pooled])
+            own = kernel("pool", hidden, pooling + (">unit" if normalize else ""))
+            program.call(f"{pooling}_pool", own, (), lambda: pool(own, pooling, normalize), [stream, "offsets"], [pooled])
             return [Output(stream, "token", hidden), Output(pooled.name, "sequence", hidden)]
         if head.projection is None:
             raise InvalidModel(f"a {head.kind} head needs a projection")
@@ -285,10 +271,11 @@ class _Lowering:
             before = [] if head.pre is None else program.add_parameters("head", _dense("pre", head.pre))
             activation = None if head.pre is None else head.pre_activation
             logits = Value("logits", (sequences, width), "float32")
-            sequence = workload("sequence_head", width, activation or "")
+            sequence = kernel("sequence_head", width, activation or "")
             program.call(
                 "head",
-                (sequence,),
+                sequence,
+                (),
                 lambda: sequence_head(sequence, activation),
                 [stream, "offsets", *before, *names],
                 [logits],
@@ -297,9 +284,9 @@ class _Lowering:
         split = head.kind == "question_answering"
         labels = ["start_logits", "end_logits"] if split else ["logits"]
         each = 1 if split else width
-        token = workload("token_head", width)
+        token = kernel("token_head", width)
         results = [Value(label, (groups, GROUP, each), "float32") for label in labels]
-        program.call("head", (token, split), lambda: token_head(token, split), [stream, *names], results)
+        program.call("head", token, split, lambda: token_head(token, split), [stream, *names], results)
         return [Output(label, "token", each, squeeze=split) for label in labels]
 
 

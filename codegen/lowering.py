@@ -1,17 +1,12 @@
-"""TVM's lowering of scheduled kernels, with small buffers on the stack."""
+"""Small buffers of a kernel on the stack."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import Any
 
-import tvm
 import tvm_ffi
 from tvm import DataType, tirx
-from tvm.tirx import get_tir_pipeline, register_tir_pipeline
-
-PIPELINE = "tilewright"
-"""The name that `tvm.compile` and `relax.build` take for `tir_pipeline`."""
 
 STACK_BYTES = 4096
 """The largest buffer put on the stack.
@@ -30,14 +25,6 @@ def _on_stack(alloc: Any) -> Any:
     return tirx.AllocBuffer(alloc.buffer, annotations={"disable_lower_builtin": tirx.const(1, "bool")})
 
 
-def _small_buffers_on_stack(func: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+def small_buffers_on_stack(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """`func` with every buffer of up to STACK_BYTES on the stack."""
     return func.with_body(tvm_ffi.structural_map(func.body, [(tirx.AllocBuffer, _on_stack)]))
-
-
-def _pipeline() -> tuple[Any, Any, Any]:
-    lower, *finalize = get_tir_pipeline("default")
-    on_stack = tirx.transform.prim_func_pass(_small_buffers_on_stack, opt_level=0, name="tilewright.small_buffers_on_stack")
-    return tvm.transform.Sequential([lower, on_stack]), *finalize
-
-
-register_tir_pipeline(PIPELINE, _pipeline)

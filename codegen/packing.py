@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import BlockSparseMatrix
-from tilewright.codegen.kernels.linear import INDEX_BYTES, partial_sums, row_block, rows_at_once
+from tilewright.codegen.decisions import LinearDecisions
+from tilewright.codegen.formats import GROUP
+from tilewright.codegen.kernels.linear import INDEX_BYTES
 from tilewright.codegen.tiles import TILE
-from tilewright.codegen.workload import GROUP, PARTS, Workload
+from tilewright.codegen.workload import PARTS
 from tilewright.errors import UnsupportedModel
 
 Array = NDArray[np.generic]
@@ -52,20 +54,19 @@ class PackedLinear:
         return {name: array for name, array in named.items() if array is not None}
 
 
-def pack_linear(workload: Workload, weight: NDArray[np.int8]) -> PackedLinear:
-    """Pack weight s8[N, K] for `workload`; raises UnsupportedModel if its shape does not fit the packing."""
+def pack_linear(made: LinearDecisions, weight: NDArray[np.int8]) -> PackedLinear:
+    """Pack weight s8[N, K] as `made` says; raises UnsupportedModel if its shape does not fit the packing."""
     n, k = weight.shape
-    pack = workload.operands.pack
-    if workload.block is None:
-        width = row_block(workload)
+    pack = made.operands.pack
+    if made.block is None:
+        width = made.row_block
         packed = weight.reshape(n // width, width, k // pack, pack).transpose(0, 2, 1, 3)
         return PackedLinear(weight.size, np.ascontiguousarray(packed[:, :, None]))
-    assert workload.family is not None
-    matrix = BlockSparseMatrix.from_dense(weight, workload.block)
-    row_blocks = n // row_block(workload)
+    matrix = BlockSparseMatrix.from_dense(weight, made.block)
+    row_blocks = n // made.row_block
     if row_blocks > np.iinfo(np.uint16).max:
         raise UnsupportedModel(f"linear {n}x{k}: {row_blocks} row-blocks are more than 16 bits count; compile it as dense")
-    return _PACKERS[workload.family](workload, matrix)
+    return _PACKERS[made.family](made, matrix)
 
 
 def _index(values: NDArray[np.integer], matrix: BlockSparseMatrix) -> NDArray[np.uint16]:
@@ -75,33 +76,33 @@ def _index(values: NDArray[np.integer], matrix: BlockSparseMatrix) -> NDArray[np
     return values.astype(np.uint16)
 
 
-def _pack_row(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+def _pack_row(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [bk / pack, bn, pack], one per block."""
-    pack = workload.operands.pack
+    pack = made.operands.pack
     bn, bk = matrix.block
     weight = matrix.data.reshape(-1, bn, bk // pack, pack).transpose(0, 2, 1, 3)
     index, indptr = _index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
     return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr)
 
 
-def _pack_column(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+def _pack_column(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [parts, bn, bk / pack, pack], a block as it is for each partial sum; a row-block's last is filled with zeros."""
-    pack = workload.operands.pack
+    pack = made.operands.pack
     bn, bk = matrix.block
-    weight, index, indptr = _in_entries(matrix, partial_sums(workload))
-    weight = weight.reshape(*index.shape, bn, bk // pack, pack).astype(workload.operands.weight)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix)), indptr, rows_at_once(workload))
+    weight, index, indptr = _in_entries(matrix, made.partial_sums)
+    weight = weight.reshape(*index.shape, bn, bk // pack, pack).astype(made.operands.weight)
+    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix)), indptr, made.rows_at_once)
 
 
-def _pack_gather(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+def _pack_gather(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [bn, pack] of `pack` non-zero columns each; the last entry of a row-block is filled with zero weights."""
-    weight, index, indptr = _in_entries(matrix, workload.operands.pack)
-    index *= GROUP * np.dtype(workload.operands.activation).itemsize // INDEX_BYTES
-    weight = weight[..., 0].transpose(0, 2, 1).astype(workload.operands.weight)
+    weight, index, indptr = _in_entries(matrix, made.operands.pack)
+    index *= GROUP * np.dtype(made.operands.activation).itemsize // INDEX_BYTES
+    weight = weight[..., 0].transpose(0, 2, 1).astype(made.operands.weight)
     return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix)), indptr)
 
 
-def _pack_tile_column(workload: Workload, matrix: BlockSparseMatrix) -> PackedLinear:
+def _pack_tile_column(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [bn, 16, pack] of 16 blocks each; the last entry of a row-block is filled with zero weights."""
     weight, index, indptr = _in_entries(matrix, TILE)
     return PackedLinear(matrix.data.size, *_never_empty(weight.transpose(0, 2, 1, 3), _index(index, matrix)), indptr)

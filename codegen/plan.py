@@ -1,40 +1,44 @@
-"""`Plan`: what the schedules decided about a model before any kernel exists. Lowering follows it."""
+"""`Plan`: what the schedules decided about a model before any kernel exists. Packing, lowering and scheduling follow it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.codegen.workload import FAMILY_LAYOUT, Family, Layout, Operands
+from tilewright.codegen.decisions import AttentionDecisions, Block, LinearDecisions
+from tilewright.codegen.formats import Format, Layout
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How one linear kernel is built: its family and the block its weights are stored in (None: dense).
+    """How one linear kernel is built, and what that was decided on.
 
+    found: the block found in the matrix, None if dense; density: percent of its non-zero blocks (`density_bucket`).
     reason: why a block that was found is not used as it is; empty when it is.
     """
 
-    family: Family
-    block: tuple[int, int] | None
+    decisions: LinearDecisions
+    found: Block | None = None
+    density: int = 100
     reason: str = ""
 
     @property
-    def layout(self) -> Layout:
-        """The layout in which the kernel reads its activations."""
-        return FAMILY_LAYOUT[self.family]
+    def input(self) -> Format:
+        """The format in which the kernel reads its activations."""
+        return self.decisions.input
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The four linear kernels of an encoder layer."""
+    """The kernels of an encoder layer."""
 
     qkv: LinearPlan
+    attention: AttentionDecisions
     output: LinearPlan
     up: LinearPlan
     down: LinearPlan
 
     def linears(self) -> tuple[LinearPlan, ...]:
-        """All four, in processing order."""
+        """All four linears, in processing order."""
         return self.qkv, self.output, self.up, self.down
 
 
@@ -43,6 +47,5 @@ class Plan:
     """The plan of a whole model for one ISA level. `residual` is the layout of the float32 stream."""
 
     isa: str
-    operands: Operands
     layers: tuple[LayerPlan, ...]
     residual: Layout

@@ -11,7 +11,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax, tirx
 
-from tilewright.codegen.workload import GROUP
+from tilewright.codegen.workload import GROUP, KernelSpec
 
 Array = NDArray[np.generic]
 
@@ -36,14 +36,15 @@ class Call:
 
 @dataclass
 class Program:
-    """Kernel calls in order. Kernels are shared by key, so compile time does not grow with a model's depth.
+    """Kernel calls in order. Kernels are shared by identity, so compile time does not grow with a model's depth.
 
-    groups: symbolic number of token groups G. ends: symbolic length of offsets, B + 1.
+    groups: symbolic number of token groups G. ends: symbolic length of offsets, B + 1. specs: of every kernel, by name.
     """
 
     groups: Any = field(default_factory=lambda: tirx.Var("G", "int64"))
     ends: Any = field(default_factory=lambda: tirx.Var("ends", "int64"))
     parameters: dict[str, Array] = field(default_factory=dict)
+    specs: dict[str, KernelSpec] = field(default_factory=dict)
     _kernels: dict[Any, tuple[str, tvm.tirx.PrimFunc]] = field(default_factory=dict)
     _calls: list[Call] = field(default_factory=list)
 
@@ -53,12 +54,25 @@ class Program:
         self.parameters.update(zip(names, arrays.values(), strict=True))
         return names
 
-    def call(self, hint: str, key: Any, make: Callable[[], Any], arguments: Sequence[str], results: Sequence[Value]) -> None:
-        """Call the kernel of `key`, made by `make` on first use and named after `hint`."""
+    def call(
+        self,
+        hint: str,
+        spec: KernelSpec,
+        detail: Any,
+        make: Callable[[], Any],
+        arguments: Sequence[str],
+        results: Sequence[Value],
+    ) -> None:
+        """Call the kernel of `spec` and `detail`, made by `make` on first use and named after `hint`.
+
+        detail: constants that the kernel's code holds and the spec does not name, such as the epsilon of a LayerNorm.
+        """
+        key = spec, detail
         if key not in self._kernels:
             taken = {name for name, _ in self._kernels.values()}
             name = next(n for n in (hint, *(f"{hint}_{i}" for i in range(2, len(taken) + 2))) if n not in taken)
             self._kernels[key] = (name, make())
+            self.specs[name] = spec
         self._calls.append(Call(self._kernels[key][0], tuple(arguments), tuple(results)))
 
     def to_relax(self, inputs: Sequence[str], outputs: Sequence[str], max_tokens: int) -> tvm.IRModule:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilewright.codegen.block_sparse import BLOCK_SHAPES, block_density
+from tilewright.codegen.block_sparse import BLOCKS, block_density
 from tilewright.codegen.model import EncoderConfig, EncoderModel, Head
 
 
@@ -46,7 +46,7 @@ def report(model: EncoderModel) -> ModelReport:
             shape=(linear.weight.shape[0], linear.weight.shape[1]),
             dtype=str(linear.weight.dtype),
             density=float(np.count_nonzero(linear.weight) / linear.weight.size),
-            block_density={block: block_density(linear.weight, block) for block in BLOCK_SHAPES},
+            block_density={block: block_density(linear.weight, block) for block in BLOCKS},
             block=linear.block,
         )
         for linear in model.linears()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import tvm
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.stealing import steal_tasks
-from tilewright.codegen.tiles import configure_tiles
-from tilewright.codegen.trim import trim
-from tilewright.codegen.workload import ATTRIBUTE, Workload
+from tilewright.codegen.passes import KERNELS
+from tilewright.codegen.workload import KernelSpec
 from tilewright.schedules.attention import schedule_attention
 from tilewright.schedules.elementwise import (
     schedule_embedding,
@@ -19,9 +16,9 @@ from tilewright.schedules.elementwise import (
     schedule_sequence_head,
     schedule_token_head,
 )
-from tilewright.schedules.linear import default_decisions, schedule_linear
+from tilewright.schedules.linear import schedule_linear
 
-RULES: dict[str, Callable[[Schedule, Workload], None]] = {
+RULES: dict[str, Callable[[Schedule, KernelSpec], None]] = {
     "linear": schedule_linear,
     "attention": schedule_attention,
     "embedding": schedule_embedding,
@@ -29,31 +26,23 @@ RULES: dict[str, Callable[[Schedule, Workload], None]] = {
     "sequence_head": schedule_sequence_head,
     "pool": schedule_pool,
 }
-"""Op of a workload to the rule that schedules it."""
+"""Op of a spec to the rule that schedules it."""
 
 
-def apply(module: tvm.IRModule) -> tvm.IRModule:
-    """The module with every PrimFunc that carries a workload scheduled; others are left as they are."""
+def apply(module: tvm.IRModule, specs: Mapping[str, KernelSpec]) -> tvm.IRModule:
+    """The module with every PrimFunc that `specs` names scheduled by its decisions; others are left as they are.
 
-    def transform(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        scheduled = tvm.IRModule(mod.functions, attrs=mod.attrs)
-        for symbol, func in mod.functions.items():
-            if ATTRIBUTE in (func.attrs or {}):
-                scheduled[symbol] = schedule(func)
-        return scheduled
-
-    return tvm.transform.module_pass(transform, opt_level=0, name="tilewright.schedule")(module)
-
-
-def schedule(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
-    """The scheduled form of one kernel that carries a workload."""
-    workload = Workload.from_json(str(func.attrs[ATTRIBUTE]))
-    sch = Schedule(tvm.IRModule({"main": func}))
-    RULES[workload.op](sch, workload)
-    return steal_tasks(configure_tiles(trim(sch.mod["main"])))
+    Raises ScheduleMismatch if decisions do not fit a kernel. (Inside a pass of TVM's it would lose its type.)
+    """
+    scheduled = tvm.IRModule(module.functions, attrs=module.attrs)
+    for symbol, func in module.functions.items():
+        if symbol.name_hint in specs:
+            spec, sch = specs[symbol.name_hint], Schedule(tvm.IRModule({"main": func}))
+            RULES[spec.op](sch, spec)
+            scheduled[symbol] = sch.mod["main"]
+    return tvm.transform.Sequential(list(KERNELS))(scheduled)
 
 
-def describe(workload: Workload) -> str:
-    """The decisions a linear kernel was scheduled with, for the manifest."""
-    decisions = dataclasses.asdict(default_decisions(workload))
-    return "default " + " ".join(f"{name}={value}" for name, value in decisions.items())
+def schedule(func: tvm.tirx.PrimFunc, spec: KernelSpec) -> tvm.tirx.PrimFunc:
+    """One kernel, scheduled by the decisions of `spec` and ready to be compiled."""
+    return apply(tvm.IRModule({"main": func}), {"main": spec})["main"]

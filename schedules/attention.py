@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.workload import KernelSpec
 from tilewright.schedules.intrinsics import intrinsic
 
 
-def schedule_attention(sch: Schedule, workload: Workload) -> None:
-    """Apply the rule in place. Tile sizes are the kernel's own: its loops over keys have run-time extents."""
-    operands = workload.operands
-    for block, vector in (("score", operands.attention), ("total", operands.activation), ("context", operands.activation)):
-        sch.tensorize(sch.get_sblock(block), intrinsic(workload.isa, "tokens", vector).name)
+def schedule_attention(sch: Schedule, spec: KernelSpec) -> None:
+    """Apply the rule in place. Its loops over keys have run-time extents, so that tiles are the kernel's own."""
+    held = spec.attention.operands
+    products = {"score": (held.query, held.key), "total": (held.weight, held.query), "context": (held.weight, held.query)}
+    for block, (vector, scalar) in products.items():
+        sch.tensorize(sch.get_sblock(block), intrinsic(spec.isa, "tokens", vector, scalar, held.pack).name)
     sch.parallel(sch.fuse(*sch.get_loops(sch.get_sblock("attention"))))

@@ -6,20 +6,20 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.workload import KernelSpec
 from tilewright.schedules.norm import schedule_norm
 
 TOKENS = 4
 """Tokens whose float32 accumulators are live together in a head's projection."""
 
 
-def schedule_embedding(sch: Schedule, workload: Workload) -> None:
+def schedule_embedding(sch: Schedule, spec: KernelSpec) -> None:
     """One parallel loop over groups: the lookup, whose vectors are the kernel's own, and the LayerNorm."""
-    schedule_norm(sch, workload.residual or "rows")
+    schedule_norm(sch, spec.residual or "rows")
     sch.compute_at(sch.get_sblock("embed"), sch.get_loops(sch.get_sblock("norm"))[0])
 
 
-def schedule_token_head(sch: Schedule, _: Workload) -> None:
+def schedule_token_head(sch: Schedule, _: KernelSpec) -> None:
     """Register tiles of 4 tokens x 16 outputs, parallel over groups."""
     project = sch.get_sblock("project")
     g, t, no, ni, k = sch.get_loops(project)
@@ -29,16 +29,16 @@ def schedule_token_head(sch: Schedule, _: Workload) -> None:
     _vectorize_sum(sch, project, k, [inner], ni)
 
 
-def schedule_sequence_head(sch: Schedule, workload: Workload) -> None:
+def schedule_sequence_head(sch: Schedule, spec: KernelSpec) -> None:
     """One sequence at a time, vectorised over outputs."""
-    for name in ("pre", "project") if workload.epilogue else ("project",):
+    for name in ("pre", "project") if spec.epilogue else ("project",):
         block = sch.get_sblock(name)
         _, _, ni, k = sch.get_loops(block)
         sch.reorder(k, ni)
         _vectorize_sum(sch, block, k, [], ni)
 
 
-def schedule_pool(sch: Schedule, _: Workload) -> None:
+def schedule_pool(sch: Schedule, _: KernelSpec) -> None:
     """Nothing to choose: its loops over channels are vectorised by LLVM."""
 
 

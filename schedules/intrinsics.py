@@ -21,7 +21,8 @@ from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-from tilewright.codegen.workload import GROUP
+from tilewright.codegen.formats import GROUP
+from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.isa import ISAS
 
 Form = Literal["tokens", "outputs"]
@@ -99,10 +100,20 @@ INTRINSICS: dict[str, IntrinSpec] = {
 }
 
 
-def intrinsic(isa: str, form: Form, vector: str) -> IntrinSpec:
-    """The spec for a level, a form and the dtype of the vector operand, registered with TVM on first use."""
-    level = ISAS[isa].vectors or isa
-    spec = next(s for s in INTRINSICS.values() if (s.isa, s.form, s.vector) == (level, form, vector))
+def find_intrinsic(isa: str, form: Form, vector: str, scalar: str, pack: int) -> IntrinSpec | None:
+    """The spec for a level, a form, the dtypes of both operands and the products summed; None if the level has none."""
+    wanted = (ISAS[isa].vectors or isa, form, vector, scalar, pack)
+    return next((s for s in INTRINSICS.values() if (s.isa, s.form, s.vector, s.scalar, s.pack) == wanted), None)
+
+
+def intrinsic(isa: str, form: Form, vector: str, scalar: str, pack: int) -> IntrinSpec:
+    """As `find_intrinsic`, registered with TVM on first use; raises ScheduleMismatch if there is none."""
+    spec = find_intrinsic(isa, form, vector, scalar, pack)
+    if spec is None:
+        raise ScheduleMismatch(
+            f"{isa} has no dot product of {pack} {vector} (vector) by {scalar} with lanes over {form}; choose operands of "
+            "INTRINSICS in schedules/intrinsics.py"
+        )
     if TensorIntrin.get(spec.name, allow_missing=True) is None:
         TensorIntrin.register(spec.name, _describe(spec), _implement(spec))
     return spec

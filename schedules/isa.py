@@ -7,13 +7,12 @@ listed is which LLVM CPU stands behind the names that people know: cloud instanc
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from tvm.target import Target
 from tvm.target import codegen as llvm
 
-from tilewright.codegen.workload import INT8_QUADS, INT16_PAIRS, Operands
+from tilewright.codegen.formats import ATTENTION_PAIRS, ATTENTION_QUADS, PAIRS, QUADS, AttentionOperands, Operands
 from tilewright.errors import InvalidInput
 
 _X86 = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
@@ -24,8 +23,9 @@ class Isa:
     """One level of integer arithmetic. Every level is exact: none uses an instruction that saturates intermediate sums.
 
     mcpu: LLVM CPU of the level; code is generated for it whatever CPU is named, so that an artifact needs exactly
-    `features` (LLVM names). attributes: features added to mcpu. lanes: int32 accumulators of one vector register.
-    operands: how integers are stored. vectors: the level whose vector intrinsics it uses, empty for its own.
+    `features` (LLVM names). attributes: features added to mcpu. lanes: int32 of one vector register, of which there are
+    `registers`. operands, attention: what linear kernels and attention multiply. vectors: the level whose vector intrinsics it
+    uses, empty for its own.
     """
 
     name: str
@@ -33,7 +33,9 @@ class Isa:
     attributes: tuple[str, ...]
     features: tuple[str, ...]
     lanes: int
+    registers: int
     operands: Operands
+    attention: AttentionOperands
     vectors: str = ""
 
     @property
@@ -50,9 +52,6 @@ class Isa:
         return Target(config)
 
 
-# 32 registers: a row block of three vectors leaves room for eight tokens' accumulators, and 16 hide the latency of a column
-# kernel's dot products
-_WIDE: dict[str, Any] = {"row_blocks": (48, 32, 16), "accumulators": 16}
 _AVX2 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _AMX = ("amx-tile", "amx-int8")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -60,18 +59,20 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("portable", "x86-64", (), (), 4, INT16_PAIRS),
-        Isa("avx2", "x86-64-v3", (), _AVX2, 8, INT16_PAIRS),
-        Isa("avxvnni", "x86-64-v3", ("avxvnni",), (*_AVX2, "avxvnni"), 8, INT8_QUADS),
-        Isa("avx512", "x86-64-v4", (), _AVX512, 16, replace(INT16_PAIRS, **_WIDE)),
-        Isa("avx512vnni", "x86-64-v4", ("avx512vnni",), (*_AVX512, "avx512vnni"), 16, replace(INT8_QUADS, **_WIDE, columns=4)),
+        Isa("portable", "x86-64", (), (), 4, 16, PAIRS, ATTENTION_PAIRS),
+        Isa("avx2", "x86-64-v3", (), _AVX2, 8, 16, PAIRS, ATTENTION_PAIRS),
+        Isa("avxvnni", "x86-64-v3", ("avxvnni",), (*_AVX2, "avxvnni"), 8, 16, QUADS, ATTENTION_QUADS),
+        Isa("avx512", "x86-64-v4", (), _AVX512, 16, 32, PAIRS, ATTENTION_PAIRS),
+        Isa("avx512vnni", "x86-64-v4", ("avx512vnni",), (*_AVX512, "avx512vnni"), 16, 32, QUADS, ATTENTION_QUADS),
         Isa(
             "amx",
             "x86-64-v4",
             ("avx512vnni", *_AMX),
             (*_AVX512, "avx512vnni", *_AMX),
             16,
-            replace(INT8_QUADS, **_WIDE, columns=4),
+            32,
+            QUADS,
+            ATTENTION_QUADS,
             vectors="avx512vnni",
         ),
     )
@@ -136,6 +137,13 @@ def llvm_cpu(name: str) -> str | None:
             return cpu
     known = {str(cpu) for cpu in llvm.llvm_get_cpu_archlist(Target(_X86))}
     return CLOUD.get(plain) or (name if name in known else None)
+
+
+def known_cpu(target: str) -> str | None:
+    """The LLVM CPU that `target` means: this machine's for `native`; None where it names levels or several CPUs."""
+    if target == "native":
+        return str(llvm.llvm_get_system_cpu())
+    return None if target in ISAS else llvm_cpu(target)
 
 
 def resolve(name: str, host_features: frozenset[str]) -> Isa:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from tilewright.codegen.workload import Layout
+from tilewright.codegen.formats import Layout
 
 VECTOR = 16
 """float32 lanes of one TIR vector; LLVM splits it for narrower registers, so one schedule serves every level."""

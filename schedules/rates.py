@@ -1,4 +1,4 @@
-"""How many cycles the kernels take, by ISA level and plan: the table rates.json, measured on real CPUs or modelled.
+"""How many cycles the kernels take, by ISA level and storage: the table rates.json, measured on real CPUs or modelled.
 
 A linear kernel's cycles for one token are `stored / macs + outputs * cost`: `stored` counts the weights in stored blocks,
 `cost` is what an output takes whatever its row-block holds (the loop's start, filling of the last entry, the epilogue).
@@ -15,17 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tilewright.codegen.plan import LinearPlan
-from tilewright.codegen.workload import Family
+from tilewright.codegen.decisions import Family, Storage
 
 TABLE = Path(__file__).with_name("rates.json")
 
 Source = Literal["measured", "modelled"]
 
+Kind = Literal["qkv", "add_norm", "activate"]
+"""What follows a product, as far as rates tell it apart."""
+
 
 @dataclass(frozen=True)
 class LinearRate:
-    """Rates of one plan. macs: products with stored weights per cycle.
+    """Rates of matrices stored one way. macs: products with stored weights per cycle.
 
     qkv, add_norm, activate: cycles per output and token in a kernel with that epilogue.
     """
@@ -36,6 +38,18 @@ class LinearRate:
     qkv: float
     add_norm: float
     activate: float
+
+    def cost(self, kind: Kind) -> float:
+        """Cycles per output and token that do not depend on how many weights are stored."""
+        return {"qkv": self.qkv, "add_norm": self.add_norm, "activate": self.activate}[kind]
+
+    def cycles(self, n: int, k: int, density: float, kind: Kind) -> float:
+        """Cycles of one token in a kernel of `n` outputs and `k` inputs, a share `density` of whose weights is stored."""
+        return n * k * density / self.macs + n * self.cost(kind)
+
+    def break_even(self, n: int, k: int, kind: Kind, cycles: float) -> float:
+        """The density at which the kernel takes `cycles` a token; below 0 if it never takes so few."""
+        return (cycles - n * self.cost(kind)) * self.macs / (n * k)
 
 
 @dataclass(frozen=True)
@@ -63,9 +77,12 @@ class LevelRates:
     attention: AttentionRate
     embedding: float
 
-    def of(self, plan: LinearPlan) -> LinearRate | None:
-        """The rates of `plan`, None where it has none."""
-        return next((rate for rate in self.linears if (rate.family, rate.block) == (plan.family, plan.block)), None)
+    def of(self, storage: Storage) -> LinearRate | None:
+        """The rates of `storage`: a block that nobody measured is taken as the slowest of its family; None without any."""
+        sparse = storage.block is not None
+        family = [rate for rate in self.linears if rate.family == storage.family and (rate.block is not None) == sparse]
+        exact = [rate for rate in family if rate.block == storage.block]
+        return min(exact or family, key=lambda rate: rate.macs, default=None)
 
 
 @cache

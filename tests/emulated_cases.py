@@ -13,18 +13,21 @@ from tvm.s_tir import Schedule
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from tests.kernel_harness import Array, from_groups, linear_cases, product, to_groups
+from tests.kernel_harness import Array, from_stored, linear_cases, product, read_as, to_groups, to_stored
 from tests.test_intrinsics import expected, loop_nest, operands
 from tilewright.codegen import tiles
+from tilewright.codegen.decisions import FAMILY_LANES, FAMILY_LAYOUT, Family, Storage
+from tilewright.codegen.epilogues import Raw
+from tilewright.codegen.formats import Layout
 from tilewright.codegen.kernels.attention import attention
-from tilewright.codegen.kernels.epilogue import Raw
-from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.tiles import LEFT, RIGHT, ROW_BYTES, TILE, TILE_SPECS, TILE_TASKS, TileSpec, configure_tiles
-from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, GROUP, Family, Layout, Workload
+from tilewright.codegen.workload import KernelSpec
 from tilewright.schedules.apply import schedule
+from tilewright.schedules.decide import decide_attention
 from tilewright.schedules.intrinsics import INTRINSICS, intrinsic
 from tilewright.schedules.isa import Isa
+from tilewright.schedules.single import linear_spec, single_linear
 
 N, K, TOKENS, CALLS = 96, 72, 112, 6  # seven groups: a tile of four, of two and of one
 HEADS, CHANNELS, LENGTHS = 2, 16, (1, 17, 41, 47)
@@ -60,20 +63,10 @@ def cases(isa: Isa) -> dict[str, Callable[[], Case]]:
     return named
 
 
-def to_layout(x: Array, layout: Layout, pack: int, dtype: str, columns: int = 1) -> Array:
-    """x[T, C] as kernels store it."""
-    return to_groups(x.astype(dtype), layout, pack, columns)
-
-
-def from_layout(x: Array, columns: int = 1) -> Array:
-    """Inverse of `to_layout`; the layout follows from the shape, because no test has 16 channels."""
-    return from_groups(x, "packed" if x.ndim == 4 else "rows" if x.shape[1] == GROUP else "columns", columns)
-
-
 def dot(name: str) -> Case:
     """Random and extreme operands of an intrinsic."""
     spec = INTRINSICS[name]
-    intrinsic(spec.isa, spec.form, spec.vector)
+    intrinsic(spec.isa, spec.form, spec.vector, spec.scalar, spec.pack)
     sch = Schedule(tvm.IRModule({"main": loop_nest(spec)}))
     sch.tensorize(sch.get_loops(sch.get_sblock("dot"))[1], name)
 
@@ -117,8 +110,7 @@ def tile_product(spec: TileSpec, quads: int) -> Case:
 
 def sums(isa: Isa, family: Family, block: tuple[int, int] | None, inputs: int = K) -> Case:
     """Integer sums of a linear kernel: random values and an empty row-block, all at the ends of their ranges, no blocks."""
-    workload = Workload("linear", N, inputs, isa.name, isa.operands, "raw", family, block)
-    operands = isa.operands
+    spec = linear_spec(isa, Storage(family, block), N, inputs, Raw())
 
     def call(seed: int, density: float, extreme: bool) -> Call:
         random = np.random.default_rng(seed)
@@ -129,19 +121,19 @@ def sums(isa: Isa, family: Family, block: tuple[int, int] | None, inputs: int = 
         weight = (weight * np.kron(mask, np.ones((bn, bk), int))).astype(np.int8)
         x = random.integers(255 if extreme else 0, 256, (TOKENS, inputs))
         fold = random.integers(-(2**20), 2**20, N).astype(np.int32)
-        want = to_layout(product(x, weight) + fold, FAMILY_LANES[family], 1, "int32")
+        want = to_groups((product(x, weight) + fold).astype(np.int32), FAMILY_LANES[family])
         real = np.full(N, np.nan, np.float32)
-        packed = pack_linear(workload, weight).arguments().values()
-        stored = to_layout(x, FAMILY_LAYOUT[family], operands.pack, operands.activation, operands.columns)
+        packed = pack_linear(spec.linear, weight).arguments().values()
+        stored = to_stored(x, spec.linear.input)
         return [stored, *packed, fold, real, real, np.full_like(want, -1)], partial(np.testing.assert_array_equal, want)
 
-    return Case(schedule(linear(workload, Raw())), [call(0, 0.3, False), call(1, 1.0, True), call(2, 0.0, False)])
+    return Case(single_linear(spec, Raw()).scheduled, [call(0, 0.3, False), call(1, 1.0, True), call(2, 0.0, False)])
 
 
 def context(isa: Isa, consumer: Layout) -> Case:
     """Attention over sequences of several lengths; the reference rounds float64, so a value may differ by one."""
-    held, hidden = isa.operands, HEADS * CHANNELS
-    workload = Workload("attention", HEADS, CHANNELS, isa.name, held, consumer)
+    held, hidden, stored = isa.attention, HEADS * CHANNELS, read_as(isa.name, consumer)
+    spec = KernelSpec("attention", HEADS, CHANNELS, isa.name, stored.label, decide_attention(CHANNELS, isa))
     random = np.random.default_rng(0)
     q, k, v = random.integers(-127, 128, (3, TOKENS, hidden))
     quant = np.array([0.0003, 0.8, 120], np.float32)
@@ -155,16 +147,16 @@ def context(isa: Isa, consumer: Layout) -> Case:
             want[start:end, head] = np.clip(np.rint(real) + quant[2], 0, 255)
 
     def check(found: Array) -> None:
-        difference = np.abs(from_layout(found, held.columns) - want)
+        difference = np.abs(from_stored(found, stored) - want)
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.002
 
     inputs = [
-        to_layout(q, "packed", held.pack, held.attention),
-        to_layout(k + held.key_offset, "packed", held.pack, held.key),
-        to_layout(v, "columns", 1, held.attention),
+        to_groups(q.astype(held.query), "packed", held.pack),
+        to_groups((k + held.key_offset).astype(held.key), "packed", held.pack),
+        to_groups(v.astype(held.query), "columns"),
         offsets,
         quant,
     ]
-    output = to_layout(np.full((TOKENS, hidden), 85), consumer, held.pack, held.activation)
-    return Case(schedule(attention(workload, consumer, max(LENGTHS))), [([*inputs, output], check)])
+    output = to_stored(np.full((TOKENS, hidden), 85), stored)
+    return Case(schedule(attention(spec, stored, max(LENGTHS)), spec), [([*inputs, output], check)])

@@ -6,7 +6,7 @@ Also the layouts kernels read and write, as plain NumPy, and how to look at the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from itertools import chain
 from typing import Any
@@ -17,18 +17,19 @@ import tvm
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
-from tilewright.codegen.kernels.epilogue import Epilogue
-from tilewright.codegen.kernels.linear import linear
-from tilewright.codegen.lowering import PIPELINE
+from tilewright.codegen.block_sparse import BLOCKS
+from tilewright.codegen.decisions import Family, Storage
+from tilewright.codegen.epilogues import Epilogue
+from tilewright.codegen.formats import Format, Layout
 from tilewright.codegen.packing import pack_linear
-from tilewright.codegen.workload import FAMILY_LAYOUT, Family, Workload
+from tilewright.codegen.workload import KernelSpec
 from tilewright.cpu import cpu_features
-from tilewright.schedules.apply import schedule
-from tilewright.schedules.blocks import BLOCKS, DENSE, DENSE_TILES, legal
+from tilewright.schedules.blocks import DENSE, DENSE_TILES, legal
+from tilewright.schedules.decide import decide_linear
 from tilewright.schedules.isa import ISAS
+from tilewright.schedules.single import Single, linear_spec, single, single_linear
 
 Array = NDArray[Any]
-Rule = Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc]
 GROUP = 16
 HOST = cpu_features()
 Case = tuple[Family, tuple[int, int] | None]
@@ -57,8 +58,14 @@ LEVELS = [level(isa) for isa in ISAS]
 
 def linear_cases(isa: str) -> list[Case]:
     """Every family and block that may run at level `isa`."""
-    plans = [DENSE, DENSE_TILES, *chain(*BLOCKS.values())]
-    return list(dict.fromkeys((plan.family, plan.block) for plan in plans if legal(plan, ISAS[isa])))
+    ways = [DENSE, DENSE_TILES, *chain(*BLOCKS.values())]
+    return list(dict.fromkeys((way.family, way.block) for way in ways if legal(way, ISAS[isa])))
+
+
+def read_as(isa: str, layout: Layout) -> Format:
+    """The format in which the level's kernels that read `layout` want their activations."""
+    readers = {"rows": DENSE, "columns": Storage("gather", (4, 1)), "packed": Storage("column", (4, 4))}
+    return decide_linear(readers[layout], 64, 64, 100, ISAS[isa]).input
 
 
 LINEAR_LEVELS = [level(isa, *case) for isa in ISAS for case in linear_cases(isa)]
@@ -79,13 +86,18 @@ def spread(cases: Sequence[tuple[Any, ...]], families: bool = False) -> list[Any
 
 
 class Kernel:
-    """A kernel scheduled by its rule, or by `rule`, and compiled for its level."""
+    """A kernel compiled for its level, called with NumPy arrays."""
 
-    def __init__(self, func: tvm.tirx.PrimFunc, isa: str, rule: Rule = schedule) -> None:
-        scheduled = rule(func).with_attr("global_symbol", "main")
-        self.arguments = {param.name: (param.shape, str(param.dtype)) for param in scheduled.params}
-        self._module = tvm.compile(tvm.IRModule({"main": scheduled}), target=ISAS[isa].target(), tir_pipeline=PIPELINE).mod
-        self._run = self._module["main"]
+    def __init__(self, made: Single) -> None:
+        self.spec = made.spec
+        self.arguments = {name: (shape, dtype) for name, shape, dtype in made.parameters}
+        self._made = made
+        self._run = made.module["main"]
+
+    @classmethod
+    def of(cls, func: tvm.tirx.PrimFunc, spec: KernelSpec) -> Kernel:
+        """The kernel `func` of `spec`."""
+        return cls(single(func, spec))
 
     def __call__(self, inputs: Mapping[str, Array], outputs: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """Outputs of the given shapes, which hold 0x55 in every byte where the kernel writes nothing."""
@@ -105,36 +117,38 @@ class Kernel:
     @cached_property
     def assembly(self) -> str:
         """What LLVM generated."""
-        return str(self._module.inspect_source("asm"))
+        return self._made.assembly
 
 
 class LinearKernel(Kernel):
-    """A linear kernel with its workload."""
+    """A linear kernel."""
 
-    def __init__(self, workload: Workload, epilogue: Epilogue, rule: Rule = schedule) -> None:
-        super().__init__(linear(workload, epilogue), workload.isa, rule)
-        self.workload = workload
+    def __init__(self, spec: KernelSpec, epilogue: Epilogue) -> None:
+        super().__init__(single_linear(spec, epilogue))
 
     def arrays(self, x: Array, weight: Array, **others: Array) -> dict[str, Array]:
         """All inputs for activations x u8[T, K] and weight s8[N, K]; T is a multiple of 16, `others` are taken as they are."""
-        operands = self.workload.operands
-        assert self.workload.family is not None
-        layout = FAMILY_LAYOUT[self.workload.family]
         return {
-            "x": to_groups(x.astype(operands.activation), layout, operands.pack, operands.columns),
-            **pack_linear(self.workload, weight).arguments(),
+            "x": to_stored(x, self.spec.linear.input),
+            **pack_linear(self.spec.linear, weight).arguments(),
             **others,
         }
 
 
 @cache
-def linear_kernel(
-    isa: str, family: Family, block: tuple[int, int] | None, n: int, k: int, epilogue: Epilogue, residual: Any = None
-) -> LinearKernel:
+def linear_kernel(isa: str, family: Family, block: tuple[int, int] | None, n: int, k: int, epilogue: Epilogue) -> LinearKernel:
     """The compiled kernel, made once in a test run."""
-    label = type(epilogue).__name__.lower()
-    workload = Workload("linear", n, k, isa, ISAS[isa].operands, label, family, block, residual)
-    return LinearKernel(workload, epilogue)
+    return LinearKernel(linear_spec(ISAS[isa], Storage(family, block), n, k, epilogue), epilogue)
+
+
+def to_stored(x: Array, stored: Format) -> Array:
+    """x[T, C] in format `stored`."""
+    return to_groups(x.astype(stored.dtype), stored.layout, stored.pack, stored.together)
+
+
+def from_stored(x: Array, stored: Format) -> Array:
+    """Inverse of `to_stored`, in the stored dtype."""
+    return from_groups(x, stored.layout, stored.together)
 
 
 def to_groups(x: Array, layout: str, pack: int = 1, columns: int = 1) -> Array:

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from benchmarks.linear_kernel import Case, weights
 from benchmarks.peak import LOOPS, available, clock, peak, rate
-from benchmarks.rates import EPILOGUES, FITTED, LENGTH, SMALL_HEADS, densities, fit_attention, fit_linear, plans, solve
+from benchmarks.rates import EPILOGUES, FITTED, LENGTH, SMALL_HEADS, fit_attention, fit_linear, solve, ways
+from tilewright.codegen.decisions import Storage
 from tilewright.predict import Sizes, predict
-from tilewright.schedules.blocks import choose
+from tilewright.schedules.blocks import dense
+from tilewright.schedules.choice import sparse_storage
 from tilewright.schedules.isa import ISAS, Isa
 from tilewright.schedules.rates import AttentionRate, LevelRates, LinearRate
 
@@ -60,8 +62,8 @@ def test_fitted_rates_are_those_that_predictions_use(
 ) -> None:
     """Cycles that the prediction makes of rates are fitted back to these rates."""
     isa = ISAS["avx2"]
-    plan = choose((4, 1), isa)
-    rate = LinearRate(plan.family, plan.block, macs, *costs)
+    storage = Storage("gather", (4, 1))
+    rate = LinearRate("gather", (4, 1), macs, *costs)
     rates = LevelRates("avx2", "x", "measured", "", 1.0, (rate,), AttentionRate(*attention), 0.1)
 
     def cycles(sizes: Sizes, sparsity: float, length: int) -> dict[str, float]:
@@ -69,7 +71,7 @@ def test_fitted_rates_are_those_that_predictions_use(
         assert made is not None
         return dict(made.kernels)
 
-    found = fit_linear(plan, {1 - sparsity: cycles(FITTED, sparsity, LENGTH) for sparsity in (0.7, 0.9)})
+    found = fit_linear(storage, {1 - sparsity: cycles(FITTED, sparsity, LENGTH) for sparsity in (0.7, 0.9)})
     assert found.macs == pytest.approx(macs, rel=1e-3)
     assert [getattr(found, name) for name in EPILOGUES] == pytest.approx([getattr(rate, name) for name in EPILOGUES], rel=1e-3)
     seen = {(sizes, length): cycles(sizes, 0.7, length) for sizes in (FITTED, SMALL_HEADS) for length in (64, 128, 384)}
@@ -83,9 +85,6 @@ def test_no_coefficient_is_negative() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
-def test_rates_are_fitted_to_the_plans_they_are_of(isa: Isa) -> None:
-    """On a level with tiles, where more blocks are left, dense tiles would be measured instead."""
-    for plan, block in plans(isa).items():
-        for density in densities(isa, plan):
-            chosen = choose(block, isa, density)
-            assert (chosen.family, chosen.block) == (plan.family, plan.block)
+def test_rates_are_fitted_to_every_way_of_storing(isa: Isa) -> None:
+    for storage, block in ways(isa).items():
+        assert storage == (dense(isa) if block is None else sparse_storage(block, isa))

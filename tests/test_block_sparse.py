@@ -4,15 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tilewright.codegen.block_sparse import BLOCK_SHAPES, BlockSparseMatrix, block_density, detect_block
+from tilewright.codegen.block_sparse import BLOCKS, BlockSparseMatrix, block_density, detect_block
 from tilewright.errors import InvalidModel
 
-BLOCKS = st.sampled_from([*BLOCK_SHAPES, (1, 1), (8, 1), (3, 5)])
+SHAPES = st.sampled_from([*BLOCKS, (1, 1), (8, 1), (3, 5)])
 
 
 @st.composite
 def sparse_matrices(draw: st.DrawFn) -> tuple[np.ndarray, tuple[int, int]]:
-    (bn, bk) = block = draw(BLOCKS)
+    (bn, bk) = block = draw(SHAPES)
     rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     keep = draw(arrays(np.bool_, (rows, columns)))
     values = draw(arrays(np.int8, (rows * bn, columns * bk), elements=st.integers(-127, 127)))
@@ -43,7 +43,7 @@ def test_a_block_that_does_not_divide_is_refused() -> None:
     assert block_density(np.zeros((6, 8), np.int8), (4, 1)) is None
 
 
-@pytest.mark.parametrize("block", BLOCK_SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), density=st.floats(0.05, 0.4), rounded_to_zero=st.booleans())
 def test_detect_finds_the_pruned_block(block: tuple[int, int], seed: int, density: float, rounded_to_zero: bool) -> None:
@@ -61,8 +61,10 @@ def test_detect_finds_the_pruned_block(block: tuple[int, int], seed: int, densit
     assert found[1] % block[1] == 0
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.8])
-def test_detect_calls_unstructured_sparsity_dense(zeros: float) -> None:
+@pytest.mark.parametrize(("zeros", "found"), [(0.0, None), (0.3, None), (0.8, {(1, 4), (4, 1)})])
+def test_detect_finds_in_unstructured_sparsity_what_chance_gives(zeros: float, found: set[tuple[int, int]] | None) -> None:
+    """Blocks of four are all zero with probability zeros ** 4, of which 41 % is worth reporting and 0.8 % is not."""
     random = np.random.default_rng(1)
     weight = random.integers(1, 128, (256, 256)) * (random.random((256, 256)) >= zeros)
-    assert detect_block(weight.astype(np.int8)) is None
+    block = detect_block(weight.astype(np.int8))
+    assert block is None if found is None else block in found

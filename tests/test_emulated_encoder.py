@@ -11,9 +11,8 @@ import pytest
 
 import tilewright
 from tests import tiny
-from tests.emulated_cases import from_layout
 from tests.emulator import MODEL_OF_LEVEL, Encoder, Trace, emulate
-from tests.kernel_harness import Array, runs_here
+from tests.kernel_harness import GROUP, Array, from_groups, read_as, runs_here
 from tilewright.codegen.model import EncoderModel
 from tilewright.frontend import load
 from tilewright.pipeline import quantize
@@ -46,7 +45,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trace]:
 
     @cache
     def run(isa: str, coarse: bool = False) -> Trace:
-        artifact = tilewright.compile(model(coarse), isa, directory / f"{isa}{coarse:d}.tw")
+        artifact = tilewright.compile(model(coarse), isa, directory / f"{isa}{coarse:d}.tw", sparse="always")
         stored = {layer.block for layer in artifact.manifest.levels[0].layers}
         wanted = {None, *(COARSE if coarse else BLOCKS).values()}
         assert stored == (wanted - {(4, 1)} if isa == "amx" else wanted)  # dense tiles are faster than (4, 1)
@@ -68,13 +67,18 @@ def sparsify(model: object, blocks: Mapping[str, tuple[int, int]] = BLOCKS) -> N
                 parameter.data *= parameter.new_tensor(mask)
 
 
+def from_layout(x: Array, together: int) -> Array:
+    """Tokens by channels; the layout follows from the shape, because no test has 16 channels."""
+    return from_groups(x, "packed" if x.ndim == 4 else "rows" if x.shape[1] == GROUP else "columns", together)
+
+
 def activations(name: str, arrays: Sequence[Array], isa: str) -> list[Array]:
     """The integer activations of a kernel call as plain integers [tokens, channels], however the level stores them."""
     key = {"qkv": 2, "attention": 1}.get(name.split("_")[0])
-    operands = ISAS[isa].operands
+    columns, offset = read_as(isa, "columns"), ISAS[isa].attention.key_offset
     return [
-        from_layout(array, operands.columns if array.dtype == operands.activation else 1).astype(np.int32)
-        - (operands.key_offset if place == key else 0)
+        from_layout(array, columns.together if array.dtype == columns.dtype else 1).astype(np.int32)
+        - (offset if place == key else 0)
         for place, array in enumerate(arrays)
         if array.dtype.kind != "f" and array.ndim > 2
     ]

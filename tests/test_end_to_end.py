@@ -67,7 +67,7 @@ class Compiled:
         key = name, sparsity, isa
         if key not in self.artifacts:
             output = self.directory / f"{'-'.join(key)}.tw"
-            self.artifacts[key] = tilewright.compile(self.model(name, sparsity), isa, output).path
+            self.artifacts[key] = tilewright.compile(self.model(name, sparsity), isa, output, sparse="always").path
         return self.artifacts[key]
 
     def engine(self, name: str, sparsity: str, isa: str, threads: int = 1) -> tilewright.Engine:
@@ -317,7 +317,7 @@ def test_models_that_cannot_be_compiled_leave_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if not runs_here(isa)])
 def test_an_artifact_for_a_cpu_we_are_not_on_is_refused(compiled: Compiled, isa: str, tmp_path: Path) -> None:
-    artifact = tilewright.compile(compiled.model("BertModel", "mixed"), isa, tmp_path / "out.tw")
+    artifact = tilewright.compile(compiled.model("BertModel", "mixed"), isa, tmp_path / "out.tw", sparse="always")
     missing = [feature for feature in ISAS[isa].features if feature not in HOST]
     with pytest.raises(ArtifactTargetMismatch, match=f"this CPU lacks .*{missing[0]}.*, which {isa} needs"):
         tilewright.load(artifact.path)

@@ -13,24 +13,23 @@ import pytest
 import tilewright
 from tests import oracle, tiny
 from tilewright import frontend
-from tilewright.codegen.block_sparse import BLOCK_SHAPES
+from tilewright.codegen.block_sparse import BLOCKS
+from tilewright.codegen.decisions import Storage
 from tilewright.codegen.model import EncoderModel, Linear
-from tilewright.codegen.plan import LinearPlan
 from tilewright.errors import ScheduleMismatch
 from tilewright.pipeline.checkpoint import write_checkpoint
 from tilewright.pipeline.quantize import quantize
-from tilewright.schedules.blocks import BLOCKS, register_block
+from tilewright.schedules.blocks import register_block
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
 @pytest.fixture
 def untouched_tables() -> Iterator[None]:
-    blocks, shapes = dict(BLOCKS), list(BLOCK_SHAPES)
+    blocks = dict(BLOCKS)
     yield
     BLOCKS.clear()
     BLOCKS.update(blocks)
-    BLOCK_SHAPES[:] = shapes
 
 
 def pruned(model: EncoderModel, block: tuple[int, int]) -> EncoderModel:
@@ -69,7 +68,7 @@ def test_the_documented_example(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("untouched_tables")
 def test_a_shape_some_level_cannot_run_is_refused() -> None:
     with pytest.raises(ScheduleMismatch, match=r"block \(2, 2\) has no kernel on avxvnni"):
-        register_block((2, 2), LinearPlan("column", (2, 2)))
+        register_block((2, 2), Storage("column", (2, 2)))
     with pytest.raises(ScheduleMismatch, match=r"block \(2, 8\) cannot be stored as \(4, 8\)"):
-        register_block((2, 8), LinearPlan("column", (4, 8)))
+        register_block((2, 8), Storage("column", (4, 8)))
     assert (2, 2) not in BLOCKS

@@ -13,6 +13,7 @@ from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
 from tests.kernel_harness import EXAMPLES, Array, level
+from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.intrinsics import INTRINSICS, IntrinSpec, intrinsic
 from tilewright.schedules.isa import ISAS
 
@@ -58,7 +59,7 @@ def compiled(name: str, tensorized: bool) -> tvm.runtime.Module:
     spec = INTRINSICS[name]
     sch = Schedule(tvm.IRModule({"main": loop_nest(spec)}))
     if tensorized:
-        assert intrinsic(spec.isa, spec.form, spec.vector) is spec
+        assert intrinsic(spec.isa, spec.form, spec.vector, spec.scalar, spec.pack) is spec
         sch.tensorize(sch.get_loops(sch.get_sblock("dot"))[1], name)
     return tvm.compile(sch.mod, target=ISAS[spec.isa].target()).mod
 
@@ -149,18 +150,21 @@ def test_declared_ranges_fit_their_dtypes_and_cover_what_kernels_store(name: str
 
 
 def test_names_are_unique_by_use() -> None:
-    """A schedule asks by level, form and the vector operand's dtype: that must name one intrinsic."""
-    uses = [(spec.isa, spec.form, spec.vector) for spec in INTRINSICS.values()]
+    """A schedule asks by level, form, dtypes and pack: that must name one intrinsic."""
+    uses = [(spec.isa, spec.form, spec.vector, spec.scalar, spec.pack) for spec in INTRINSICS.values()]
     assert len(set(uses)) == len(uses)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_level_has_what_its_kernels_ask_for(isa: str) -> None:
-    held = ISAS[isa].operands
-    for form, vector, scalar in (
-        ("tokens", held.activation, held.weight),  # gather, and probabilities x values
-        ("outputs", "int8", held.activation),  # row
-        ("tokens", held.attention, held.key),  # queries x keys
+    held, attention = ISAS[isa].operands, ISAS[isa].attention
+    for form, vector, scalar, pack in (
+        ("tokens", held.activation, held.weight, held.pack),  # column and gather
+        ("outputs", "int8", held.activation, held.pack),  # row
+        ("tokens", attention.query, attention.key, attention.pack),
+        ("tokens", attention.weight, attention.query, attention.pack),  # weights x values
     ):
-        spec = intrinsic(isa, form, vector)
-        assert (spec.scalar, spec.pack) == (scalar, held.pack)
+        spec = intrinsic(isa, form, vector, scalar, pack)
+        assert (spec.form, spec.vector, spec.scalar, spec.pack) == (form, vector, scalar, pack)
+    with pytest.raises(ScheduleMismatch, match=f"{isa} has no dot product of 3 int8"):
+        intrinsic(isa, "tokens", "int8", "int8", 3)

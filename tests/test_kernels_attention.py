@@ -16,14 +16,15 @@ from tests.kernel_harness import (
     Array,
     Kernel,
     assert_u8,
-    from_groups,
-    group_shape,
+    from_stored,
+    read_as,
     round_up,
     spread,
     to_groups,
 )
 from tilewright.codegen.kernels.attention import attention
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.workload import KernelSpec
+from tilewright.schedules.decide import decide_attention
 from tilewright.schedules.isa import ISAS
 
 # heads, channels, longest sequence, consumer; longest is no multiple of 4 in two
@@ -35,15 +36,16 @@ LENGTHS = {
 
 @cache
 def compiled(isa: str, heads: int, channels: int, longest: int, consumer: str) -> Kernel:
-    workload = Workload("attention", heads, channels, isa, ISAS[isa].operands, consumer)
-    return Kernel(attention(workload, consumer, longest), isa)
+    stored = read_as(isa, consumer)
+    own = KernelSpec("attention", heads, channels, isa, stored.label, decide_attention(channels, ISAS[isa]))
+    return Kernel.of(attention(own, stored, longest), own)
 
 
 def run(isa: str, size: tuple, lengths: list[int], q: Array, k: Array, v: Array, quant: Array, garbage: np.random.Generator):
     """Context u8[T, H]; lanes past the last token hold random operands, as memory that is used again does."""
     heads, channels, _, consumer = size
     hidden = heads * channels
-    held = ISAS[isa].operands
+    held, stored = ISAS[isa].attention, read_as(isa, consumer)
     offsets = np.cumsum([0, *lengths]).astype(np.int32)
     padded = round_up(offsets[-1])
 
@@ -53,14 +55,14 @@ def run(isa: str, size: tuple, lengths: list[int], q: Array, k: Array, v: Array,
         return (whole + offset).astype(dtype)
 
     inputs = {
-        "query": to_groups(fill(q, held.attention), "packed", held.pack),
+        "query": to_groups(fill(q, held.query), "packed", held.pack),
         "key": to_groups(fill(k, held.key, held.key_offset), "packed", held.pack),
-        "value": to_groups(fill(v, held.attention), "columns"),
+        "value": to_groups(fill(v, held.query), "columns"),
         "offsets": offsets,
         "quant": quant,
     }
-    shape = group_shape(padded, hidden, consumer, held.pack)
-    return from_groups(compiled(isa, *size)(inputs, {"context": shape})["context"], consumer, held.columns)
+    shape = stored.shape(padded // 16, hidden)
+    return from_stored(compiled(isa, *size)(inputs, {"context": shape})["context"], stored)
 
 
 def expected(heads: int, lengths: list[int], q: Array, k: Array, v: Array, quant: Array) -> Array:

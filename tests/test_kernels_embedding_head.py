@@ -19,31 +19,33 @@ from tests.kernel_harness import (
     Kernel,
     assert_u8,
     from_groups,
+    from_stored,
     group_shape,
+    read_as,
     round_up,
     spread,
     to_groups,
 )
+from tilewright.codegen.epilogues import Norm
 from tilewright.codegen.kernels.embedding import embedding
 from tilewright.codegen.kernels.head import VECTOR, padded_width, pool, sequence_head, token_head
-from tilewright.codegen.kernels.norm import Norm
 from tilewright.codegen.model import Pooling
-from tilewright.codegen.workload import Workload
-from tilewright.schedules.isa import ISAS
+from tilewright.codegen.workload import KernelSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 HIDDEN, WORDS, POSITIONS = 48, 70, 40
 
 
-def workload(isa: str, op: str, n: int, k: int, epilogue: str = "", residual=None) -> Workload:
-    return Workload(op, n, k, isa, ISAS[isa].operands, epilogue, residual=residual)
+def spec(isa: str, op: str, n: int, k: int, epilogue: str = "", residual=None) -> KernelSpec:
+    return KernelSpec(op, n, k, isa, epilogue, residual=residual)
 
 
 @cache
 def embedding_kernel(isa: str, types: int, residual, stream, consumer) -> Kernel:
-    own = workload(isa, "embedding", WORDS, HIDDEN, str(consumer), residual)
-    return Kernel(embedding(own, Norm(1e-12, residual, stream, consumer), POSITIONS, types), isa)
+    norm = Norm(1e-12, residual, stream, consumer and read_as(isa, consumer))
+    own = spec(isa, "embedding", WORDS, HIDDEN, norm.label, residual)
+    return Kernel.of(embedding(own, norm, POSITIONS, types), own)
 
 
 EMBEDDINGS = [
@@ -70,8 +72,9 @@ def test_embedding(isa: str, types: int, residual, stream, consumer, tokens: int
     gamma, beta = (random.standard_normal(HIDDEN).astype(np.float32) for _ in range(2))
     quant = np.array([random.uniform(10, 60), random.integers(0, 256)], np.float32)
     outputs = {"stream": group_shape(round_up(tokens), HIDDEN, stream)}
-    if consumer is not None:
-        outputs["quantized"] = group_shape(round_up(tokens), HIDDEN, consumer, ISAS[isa].operands.pack)
+    stored = consumer and read_as(isa, consumer)
+    if stored is not None:
+        outputs["quantized"] = stored.shape(round_up(tokens) // 16, HIDDEN)
     inputs = {**ids, **tables, "gamma": gamma, "beta": beta, "quant": quant}
     found = embedding_kernel(isa, types, residual, stream, consumer)(inputs, outputs)
 
@@ -80,13 +83,14 @@ def test_embedding(isa: str, types: int, residual, stream, consumer, tokens: int
     expected = torch.nn.functional.layer_norm(norms[0], (HIDDEN,), *norms[1:], eps=1e-12).numpy()
     np.testing.assert_allclose(from_groups(found["stream"], stream), expected, atol=1e-4, rtol=1e-4)
     if consumer is not None:
-        small = from_groups(found["quantized"], consumer, ISAS[isa].operands.columns)
+        small = from_stored(found["quantized"], stored)
         assert_u8(small, expected * quant[0].astype(np.float64), quant[1])
 
 
 @cache
 def token_kernel(isa: str, width: int, split: bool) -> Kernel:
-    return Kernel(token_head(workload(isa, "token_head", width, HIDDEN), split), isa)
+    own = spec(isa, "token_head", width, HIDDEN)
+    return Kernel.of(token_head(own, split), own)
 
 
 def packed(weight: Array) -> Array:
@@ -130,7 +134,8 @@ def test_question_answering_head(isa: str, tokens: int, seed: int) -> None:
 
 @cache
 def sequence_kernel(isa: str, width: int, activation: str | None) -> Kernel:
-    return Kernel(sequence_head(workload(isa, "sequence_head", width, HIDDEN, activation or ""), activation), isa)
+    own = spec(isa, "sequence_head", width, HIDDEN, activation or "")
+    return Kernel.of(sequence_head(own, activation), own)
 
 
 def sequences(random: np.random.Generator, lengths: list[int]) -> tuple[Array, Array]:
@@ -163,7 +168,8 @@ def test_sequence_head(isa: str, width: int, activation: str | None, lengths: li
 
 @cache
 def pool_kernel(isa: str, pooling: Pooling, normalize: bool) -> Kernel:
-    return Kernel(pool(workload(isa, "pool", HIDDEN, HIDDEN, f"{pooling}{normalize}"), pooling, normalize), isa)
+    own = spec(isa, "pool", HIDDEN, HIDDEN, f"{pooling}{normalize}")
+    return Kernel.of(pool(own, pooling, normalize), own)
 
 
 POOLINGS = [(pooling, normalize) for pooling in get_args(Pooling) for normalize in (False, True)]

@@ -19,16 +19,17 @@ from tests.kernel_harness import (
     LinearKernel,
     assert_u8,
     from_groups,
+    from_stored,
     group_shape,
     level,
     linear_kernel,
     product,
+    read_as,
     round_up,
     spread,
     to_groups,
 )
-from tilewright.codegen.kernels.epilogue import Activate, AddNorm, Qkv
-from tilewright.codegen.kernels.norm import Norm
+from tilewright.codegen.epilogues import Activate, AddNorm, Norm, Qkv
 from tilewright.schedules.isa import ISAS
 
 STREAMS = ("rows", "columns")
@@ -43,9 +44,7 @@ K = 64
 def draw(kernel: LinearKernel, seed: int, tokens: int, size: float) -> tuple[dict[str, Array], Array, np.random.Generator]:
     """Inputs of a linear kernel and its real results f64[T, N], which spread over a few times `size`."""
     random = np.random.default_rng(seed)
-    workload = kernel.workload
-    n, k = workload.n, workload.k
-    block = workload.block or (1, 1)
+    n, k, block = kernel.spec.n, kernel.spec.k, kernel.spec.linear.block or (1, 1)
     mask = np.kron(random.random((n // block[0], k // block[1])) < 0.5, np.ones(block, int))
     weight = (random.integers(-127, 128, (n, k)) * mask).astype(np.int8)
     x = random.integers(0, 256, (round_up(tokens), k)).astype(np.uint8)
@@ -62,10 +61,10 @@ def draw(kernel: LinearKernel, seed: int, tokens: int, size: float) -> tuple[dic
 @given(tokens=TOKENS, seed=SEEDS, size=st.sampled_from([0.4, 30.0, 300.0]))
 def test_qkv(isa: str, family, block, tokens: int, seed: int, size: float) -> None:
     hidden = 48
-    kernel = linear_kernel(isa, family, block, 3 * hidden, K, Qkv())
+    kernel = linear_kernel(isa, family, block, 3 * hidden, K, Qkv(ISAS[isa].attention))
     inputs, real, _ = draw(kernel, seed, tokens, size)
     groups = len(real) // 16
-    held = ISAS[isa].operands
+    held = ISAS[isa].attention
     pairs = (groups, hidden // held.pack, 16, held.pack)
     found = kernel(inputs, {"query": pairs, "key": pairs, "value": (groups, hidden, 16)})
 
@@ -92,14 +91,14 @@ ACTIVATE += [level(isa, *SINGLE, "relu", "packed") for isa in ISAS]
 @given(tokens=TOKENS, seed=SEEDS, size=st.sampled_from([0.1, 1.0, 4.0, 1e4]))
 def test_activate(isa: str, family, block, name: str, consumer, tokens: int, seed: int, size: float) -> None:
     n = 96
-    kernel = linear_kernel(isa, family, block, n, K, Activate(name, consumer))
+    stored = read_as(isa, consumer)
+    kernel = linear_kernel(isa, family, block, n, K, Activate(name, stored))
     inputs, real, random = draw(kernel, seed, tokens, size)
     step, zero_point = size / random.uniform(20, 80), int(random.integers(0, 256))
     quant = np.array([1 / step, zero_point], np.float32)
-    held = ISAS[isa].operands
-    shape = group_shape(len(real), n, consumer, held.pack)
+    shape = stored.shape(len(real) // 16, n)
     found = kernel({**inputs, "quant": quant}, {"activated": shape})["activated"]
-    assert_u8(from_groups(found, consumer, held.columns), activation(name, real) * quant[0].astype(np.float64), zero_point)
+    assert_u8(from_stored(found, stored), activation(name, real) * quant[0].astype(np.float64), zero_point)
 
 
 # residual, stream, consumer
@@ -113,19 +112,20 @@ def test_add_norm(
     isa: str, family, block, residual, stream, consumer, tokens: int, seed: int, size: float, mean: float
 ) -> None:
     hidden, eps = 96, 1e-5
-    kernel = linear_kernel(isa, family, block, hidden, K, AddNorm(Norm(eps, residual, stream, consumer)), residual)
+    stored = consumer and read_as(isa, consumer)
+    kernel = linear_kernel(isa, family, block, hidden, K, AddNorm(Norm(eps, residual, stream, stored)))
     inputs, real, random = draw(kernel, seed, tokens, size)
     added = (random.standard_normal(real.shape) * size + mean * size).astype(np.float32)
     gamma, beta = random.uniform(0.2, 3, hidden).astype(np.float32), random.standard_normal(hidden).astype(np.float32)
     quant = np.array([random.uniform(10, 60), random.integers(0, 256)], np.float32)
     outputs = {"stream": group_shape(len(real), hidden, stream)}
     if consumer is not None:
-        outputs["quantized"] = group_shape(len(real), hidden, consumer, ISAS[isa].operands.pack)
+        outputs["quantized"] = stored.shape(len(real) // 16, hidden)
     found = kernel({**inputs, "residual": to_groups(added, residual), "gamma": gamma, "beta": beta, "quant": quant}, outputs)
     expected = layer_norm(real + added, gamma, beta, eps)
     np.testing.assert_allclose(from_groups(found["stream"], stream), expected, atol=1e-4, rtol=1e-4)
     if consumer is not None:
-        small = from_groups(found["quantized"], consumer, ISAS[isa].operands.columns)
+        small = from_stored(found["quantized"], stored)
         assert_u8(small, expected * quant[0].astype(np.float64), quant[1])
 
 
@@ -138,7 +138,7 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> Array:
 @pytest.mark.parametrize("isa", LEVELS)
 def test_requantisation_rounds_ties_to_even_and_saturates(isa: str) -> None:
     """Through relu with a scale of 1 / 2: x.5 is exact, so a tie is a tie."""
-    kernel = linear_kernel(isa, "row", None, 96, K, Activate("relu", "rows"))
+    kernel = linear_kernel(isa, "row", None, 96, K, Activate("relu", read_as(isa, "rows")))
     weight = np.zeros((96, K), np.int8)
     weight[:, 0] = 1
     x = np.zeros((256, K), np.uint8)

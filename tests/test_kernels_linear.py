@@ -21,8 +21,8 @@ from tests.kernel_harness import (
     product,
     round_up,
 )
-from tilewright.codegen.kernels.epilogue import Raw
-from tilewright.codegen.workload import FAMILY_LANES
+from tilewright.codegen.decisions import FAMILY_LANES
+from tilewright.codegen.epilogues import Raw
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.isa import ISAS
 

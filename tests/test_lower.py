@@ -14,15 +14,17 @@ from tvm import relax
 from tests import tiny
 from tests.kernel_harness import runs_here
 from tilewright.codegen.build import build
+from tilewright.codegen.decisions import Storage
 from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Quantization
 from tilewright.codegen.plan import LinearPlan
-from tilewright.codegen.workload import ATTRIBUTE, Workload
+from tilewright.codegen.workload import ATTRIBUTE, KernelSpec
 from tilewright.errors import InvalidModel, ScheduleMismatch, UnsupportedModel
 from tilewright.frontend import load
 from tilewright.pipeline import quantize
 from tilewright.schedules.apply import apply
-from tilewright.schedules.blocks import plan
+from tilewright.schedules.choice import plan
+from tilewright.schedules.decide import decide_linear
 from tilewright.schedules.isa import ISAS
 
 HEADS = {
@@ -111,31 +113,45 @@ def test_kernels_of_equal_layers_are_shared_and_of_different_ones_not(bert: Enco
         "down",
         "down_2",
     ]  # the last has no consumer
-    sparse = replace(layer, down=replace(layer.down, block=(4, 1)))
+    weight = layer.down.weight.copy()
+    weight[:, 8:] = 0
+    sparse = replace(layer, down=replace(layer.down, weight=weight, block=(4, 1)))
     mixed = replace(bert, layers=(layer, sparse, layer, sparse))
-    blocks = {
-        Workload.from_json(str(func.attrs[ATTRIBUTE])).block
-        for name, func in functions(lowered(mixed).module).items()
-        if name.startswith("down")
-    }
-    assert blocks == {None, (4, 1)}
+    specs = lowered(mixed).specs
+    assert {spec.linear.block for name, spec in specs.items() if name.startswith("down")} == {None, (4, 1)}
 
 
-def test_every_kernel_carries_its_workload(bert: EncoderModel) -> None:
-    for func in functions(lowered(bert).module).values():
-        text = str(func.attrs[ATTRIBUTE])
-        workload = Workload.from_json(text)
-        assert workload.to_json() == text
-        assert workload.isa == "avx2"
+def test_every_kernel_has_a_spec_and_carries_its_key(bert: EncoderModel) -> None:
+    made = lowered(bert)
+    kernels = functions(made.module)
+    assert kernels.keys() == made.specs.keys()
+    for name, func in kernels.items():
+        assert str(func.attrs[ATTRIBUTE]) == made.specs[name].key()
+        assert made.specs[name].isa == "avx2"
+
+
+def test_what_was_compiled_is_reported(bert: EncoderModel) -> None:
+    made = lowered(bert)
+    assert {report.spec for report in made.kernels} == {spec for spec in made.specs.values() if spec.op == "linear"}
+
+
+def test_layers_of_different_density_share_no_kernel_that_was_decided_by_it(bert: EncoderModel) -> None:
+    plans = plan(bert, ISAS["avx2"])
+    first, second = plans.layers[0], plans.layers[1]
+    other = replace(second, up=replace(second.up, decisions=replace(second.up.decisions, chunks=1)))
+    made = lower(bert, replace(plans, layers=(first, other)))
+    assert {report.spec.linear.chunks for report in made.kernels if report.name.endswith("up")} == {
+        first.up.decisions.chunks, 1,
+    }  # fmt: skip
 
 
 def test_keys_tell_workloads_apart(models: dict[str, EncoderModel]) -> None:
-    seen: dict[str, Workload] = {}
+    seen: dict[str, KernelSpec] = {}
     for model in (models["BertModel"], models["DistilBertForQuestionAnswering"]):
         for isa in ("avx2", "avx512vnni"):
             for kernel in lowered(model, isa).kernels:
-                other = seen.setdefault(kernel.workload.key(), kernel.workload)
-                assert replace(other, residual=kernel.workload.residual) == kernel.workload
+                assert seen.setdefault(kernel.spec.key(), kernel.spec) == kernel.spec
+                assert kernel.workload.isa in kernel.workload.key()
 
 
 def test_reports(bert: EncoderModel) -> None:
@@ -148,11 +164,11 @@ def test_reports(bert: EncoderModel) -> None:
     reports = {report.name: report for report in made.kernels}
     assert list(reports) == ["layer0.qkv", "layer0.output", "layer0.up", "layer0.down"]
     assert [report.shape for report in made.kernels] == [(96, 32), (32, 32), (64, 32), (32, 64)]
-    assert reports["layer0.down"].block == (4, 1)
+    assert reports["layer0.down"].spec.linear.block == (4, 1)
     assert reports["layer0.down"].density == pytest.approx(mask.mean())
     assert reports["layer0.down"].workload.density == min(100, -(-round(mask.mean() * 100) // 5) * 5)
     assert reports["layer0.down"].reason == ""
-    assert reports["layer0.up"].block is None
+    assert reports["layer0.up"].spec.linear.block is None
     assert "dense" in reports["layer0.up"].reason
 
 
@@ -198,7 +214,7 @@ def test_inconsistent_quantisation_is_refused(bert: EncoderModel) -> None:
     key = replace(attention.key, input=Quantization(123.0, 4))
     cases = {
         "must share one": replace(layer, attention=replace(attention, key=key)),
-        "has no input quantisation": replace(layer, up=replace(layer.up, input=None)),
+        "cannot compile a float model": replace(layer, up=replace(layer.up, input=None)),
         "an attention scale is missing": replace(layer, attention=replace(attention, value_scale=None)),
     }
     for message, broken in cases.items():
@@ -215,7 +231,9 @@ def test_a_head_without_a_projection_is_refused(bert: EncoderModel) -> None:
 def test_levels_that_cannot_run_here_build(bert: EncoderModel, isa: str, tmp_path: Path) -> None:
     """With row and gather kernels in one model; the end-to-end tests build the others."""
     mixed = plan(bert, ISAS[isa])
-    sparse = LinearPlan("gather", (4, 1))
-    mixed = replace(mixed, layers=(mixed.layers[0], replace(mixed.layers[1], qkv=sparse, down=sparse)))
-    build(apply(lower(bert, mixed).module), ISAS[isa].target(), tmp_path / "model.so")
+    gather = Storage("gather", (4, 1))
+    qkv, down = (LinearPlan(decide_linear(gather, n, k, 100, ISAS[isa])) for n, k in ((96, 32), (32, 64)))
+    mixed = replace(mixed, layers=(mixed.layers[0], replace(mixed.layers[1], qkv=qkv, down=down)))
+    made = lower(bert, mixed)
+    build(apply(made.module, made.specs), ISAS[isa].target(), tmp_path / "model.so")
     assert (tmp_path / "model.so").read_bytes()[:4] == b"\x7fELF"

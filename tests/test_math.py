@@ -14,12 +14,12 @@ import torch
 import tvm
 from tvm.script import tirx as T
 
-from tests.kernel_harness import LEVELS, Array, Kernel, linear_kernel
+from tests.kernel_harness import LEVELS, Array, Kernel, linear_kernel, read_as
+from tilewright.codegen.epilogues import Activate, AddNorm, Norm
 from tilewright.codegen.kernels import math as kernel_math
 from tilewright.codegen.kernels.attention import attention
-from tilewright.codegen.kernels.epilogue import Activate, AddNorm
-from tilewright.codegen.kernels.norm import Norm
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.workload import KernelSpec
+from tilewright.schedules.decide import decide_attention
 from tilewright.schedules.isa import ISAS
 
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
@@ -118,13 +118,14 @@ def library_calls(assembly: str) -> set[str]:
 
 
 def kernels(isa: str) -> dict[str, Kernel]:
-    own = Workload("attention", 2, 16, isa, ISAS[isa].operands, "rows")
-    norm = Norm(1e-5, "columns", "columns", "columns")
+    rows, columns = read_as(isa, "rows"), read_as(isa, "columns")
+    own = KernelSpec("attention", 2, 16, isa, rows.label, decide_attention(16, ISAS[isa]))
+    norm = Norm(1e-5, "columns", "columns", columns)
     return {
-        "attention": Kernel(attention(own, "rows", 40), isa),
-        "gelu": linear_kernel(isa, "gather", (4, 1), 96, 64, Activate("gelu", "columns")),
-        "gelu_tanh": linear_kernel(isa, "row", None, 96, 64, Activate("gelu_tanh", "rows")),
-        "add_norm": linear_kernel(isa, "gather", (4, 1), 96, 64, AddNorm(norm), "columns"),
+        "attention": Kernel.of(attention(own, rows, 40), own),
+        "gelu": linear_kernel(isa, "gather", (4, 1), 96, 64, Activate("gelu", columns)),
+        "gelu_tanh": linear_kernel(isa, "row", None, 96, 64, Activate("gelu_tanh", rows)),
+        "add_norm": linear_kernel(isa, "gather", (4, 1), 96, 64, AddNorm(norm)),
     }
 
 

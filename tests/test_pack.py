@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 from tests.test_pruning import batches
-from tilewright.codegen.block_sparse import BLOCK_SHAPES
+from tilewright.codegen.block_sparse import BLOCKS
 from tilewright.errors import InvalidInput, InvalidModel
 from tilewright.frontend import load
 from tilewright.frontend.packed import pack_weight, packed_weight
@@ -41,7 +41,7 @@ def packed(quantized: Path) -> Path:
     return pack(quantized, quantized.parent / "packed")
 
 
-@given(st.sampled_from(BLOCK_SHAPES), st.integers(1, 5), st.integers(1, 11), st.floats(0, 1), st.integers(0, 2**32 - 1))
+@given(st.sampled_from(list(BLOCKS)), st.integers(1, 5), st.integers(1, 11), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_weights_survive(block: tuple[int, int], rows: int, columns: int, density: float, seed: int) -> None:
     random = np.random.default_rng(seed)
     weight = random.integers(-127, 128, (rows * block[0], columns * block[1])).astype(np.int8)

@@ -6,18 +6,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernel_harness import EXAMPLES, FAMILIES, Array
+from tilewright.codegen.decisions import LinearDecisions, Storage
+from tilewright.codegen.formats import PAIRS, QUADS, Operands
 from tilewright.codegen.kernels.linear import INDEX_BYTES
 from tilewright.codegen.packing import PackedLinear, pack_linear
-from tilewright.codegen.workload import INT8_QUADS, INT16_PAIRS, Operands, Workload
 from tilewright.errors import InvalidModel, UnsupportedModel
 
 TILES = [("tile_column", (16, 4)), ("tile_column", (32, 4))]
 CASES = [*FAMILIES, *TILES, ("row", (32, 4)), ("gather", (16, 1)), ("column", (1, 4)), ("column", (8, 4))]
-OPERANDS = {"pairs": INT16_PAIRS, "quads": INT8_QUADS}
+OPERANDS = {"pairs": PAIRS, "quads": QUADS}
 
 
-def workload(family, block, n: int, k: int, operands: Operands) -> Workload:
-    return Workload("linear", n, k, "any", operands, "", family, block)
+def decided(family, block, operands: Operands, n: int = 16) -> LinearDecisions:
+    """Single outputs are finished a pack at a time, where that divides them, and summed apart where a pack has four bytes."""
+    width, single = (16 if block is None else block[0]), family == "column" and block[0] == 1
+    at_once = operands.pack if single and n % operands.pack == 0 else 1
+    partial_sums = 2 if single and operands.pack == 4 else 1
+    return LinearDecisions(Storage(family, block), operands, width, rows_at_once=at_once, partial_sums=partial_sums)
 
 
 def row_units(operands: Operands) -> int:
@@ -25,19 +30,19 @@ def row_units(operands: Operands) -> int:
     return 16 * np.dtype(operands.activation).itemsize // INDEX_BYTES
 
 
-def unpack(own: Workload, packed: PackedLinear) -> Array:
+def unpack(own: LinearDecisions, packed: PackedLinear, n: int, k: int) -> Array:
     """The dense matrix, entry by entry."""
-    dense = np.zeros((own.n, own.k), np.int64)
+    dense = np.zeros((n, k), np.int64)
     pack = own.operands.pack
     if own.block is None:
         blocks, entries, one, width, inner = packed.weight.shape
-        assert (blocks * width, entries * inner, one, inner) == (own.n, own.k, 1, pack)
-        return packed.weight[:, :, 0].transpose(0, 2, 1, 3).reshape(own.n, own.k)
+        assert (blocks * width, entries * inner, one, inner) == (n, k, 1, pack)
+        return packed.weight[:, :, 0].transpose(0, 2, 1, 3).reshape(n, k)
     bn, bk = own.block
     assert packed.index is not None
     assert packed.indptr is not None
     assert packed.indptr[0] == 0
-    for row in range(own.n // bn):
+    for row in range(n // bn):
         for entry in range(packed.indptr[row], packed.indptr[row + 1]):
             part = dense[row * bn : (row + 1) * bn]
             if own.family == "row":
@@ -71,9 +76,9 @@ def test_round_trip(family, block, operands: str, rows: int, columns: int, densi
     n, k = rows * bn, columns * bk
     mask = random.random((rows, columns)) < density
     weight = (random.integers(-127, 128, (n, k)) * np.kron(mask, np.ones((bn, bk), int))).astype(np.int8)
-    own = workload(family, block, n, k, held)
+    own = decided(family, block, held, n)
     packed = pack_linear(own, weight)
-    np.testing.assert_array_equal(unpack(own, packed), weight)
+    np.testing.assert_array_equal(unpack(own, packed, n, k), weight)
 
     if block is None:
         assert packed.stored == n * k
@@ -94,7 +99,7 @@ def test_round_trip(family, block, operands: str, rows: int, columns: int, densi
 @pytest.mark.parametrize(("family", "block"), CASES)
 def test_dtypes_are_those_the_kernels_declare(family, block, operands: str) -> None:
     held = OPERANDS[operands]
-    packed = pack_linear(workload(family, block, 32, 32, held), np.ones((32, 32), np.int8))
+    packed = pack_linear(decided(family, block, held), np.ones((32, 32), np.int8))
     assert packed.weight.dtype == (np.int8 if family in ("row", "tile_column") else held.weight)
     assert packed.weight.flags.c_contiguous
     if block is not None:
@@ -104,7 +109,7 @@ def test_dtypes_are_those_the_kernels_declare(family, block, operands: str) -> N
 
 @pytest.mark.parametrize(("family", "block"), [case for case in CASES if case[1]])
 def test_an_empty_matrix_has_an_entry_to_point_at(family, block) -> None:
-    packed = pack_linear(workload(family, block, 32, 32, INT16_PAIRS), np.zeros((32, 32), np.int8))
+    packed = pack_linear(decided(family, block, PAIRS), np.zeros((32, 32), np.int8))
     assert packed.stored == 0
     assert len(packed.weight) == len(packed.index) == 1
     assert not packed.indptr.any()
@@ -112,18 +117,18 @@ def test_an_empty_matrix_has_an_entry_to_point_at(family, block) -> None:
 
 def test_a_block_that_does_not_divide_the_matrix_is_refused() -> None:
     with pytest.raises(InvalidModel, match="matrix 24x32 is not a multiple of block 16x4"):
-        pack_linear(workload("row", (16, 4), 24, 32, INT16_PAIRS), np.zeros((24, 32), np.int8))
+        pack_linear(decided("row", (16, 4), PAIRS), np.zeros((24, 32), np.int8))
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
 def test_more_columns_than_an_index_holds_are_refused(operands: str) -> None:
     held = OPERANDS[operands]
     most = -(-(2**16) // row_units(held))
-    own = workload("gather", (4, 1), 4, most, held)
+    own = decided("gather", (4, 1), held)
     weight = np.ones((4, most), np.int8)
-    np.testing.assert_array_equal(unpack(own, pack_linear(own, weight)), weight)
+    np.testing.assert_array_equal(unpack(own, pack_linear(own, weight), *weight.shape), weight)
     with pytest.raises(UnsupportedModel, match=f"linear 4x{most + 1}: {most + 1} inputs are more than a 16-bit index"):
-        pack_linear(workload("gather", (4, 1), 4, most + 1, held), np.ones((4, most + 1), np.int8))
+        pack_linear(own, np.ones((4, most + 1), np.int8))
 
 
 @EXAMPLES
@@ -131,7 +136,7 @@ def test_more_columns_than_an_index_holds_are_refused(operands: str) -> None:
 def test_parts_are_of_equal_work(counts: list[int]) -> None:
     """Together all row-blocks in order, none more than a row-block away from an equal share."""
     weight = np.array([[column < count for column in range(12)] for count in counts], np.int8).repeat(4, 0)
-    packed = pack_linear(workload("column", (4, 4), len(weight), 48, INT8_QUADS), weight.repeat(4, 1))
+    packed = pack_linear(decided("column", (4, 4), QUADS), weight.repeat(4, 1))
     assert (packed.parts[0], packed.parts[-1], packed.parts.dtype) == (0, len(counts), np.uint16)
     work = np.concatenate([[0], np.cumsum([count + 8 for count in counts])])  # an epilogue counts as 8 entries
     ideal = np.linspace(0, work[-1], len(packed.parts))
@@ -141,27 +146,27 @@ def test_parts_are_of_equal_work(counts: list[int]) -> None:
 def test_single_outputs_are_stored_in_pairs_of_blocks() -> None:
     """Rows of no block, one, two and three: the second of a pair that is not full is block 0, without weight."""
     mask = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1]])
-    packed = pack_linear(workload("column", (1, 4), 4, 16, INT8_QUADS), np.kron(mask, np.arange(1, 5)).astype(np.int8))
+    packed = pack_linear(decided("column", (1, 4), QUADS), np.kron(mask, np.arange(1, 5)).astype(np.int8))
     assert packed.stored == 24
     assert packed.indptr.tolist() == [0, 0, 1, 2, 4]
     assert packed.index.tolist() == [[2, 0], [1, 3], [1, 2], [3, 0]]
     full = [[1, 2, 3, 4]]
     assert packed.weight[:, :, 0].tolist() == [[full, [[0] * 4]], [full, full], [full, full], [full, [[0] * 4]]]
-    single = pack_linear(workload("column", (1, 4), 4, 16, INT16_PAIRS), np.kron(mask, np.arange(1, 5)).astype(np.int8))
+    single = pack_linear(decided("column", (1, 4), PAIRS), np.kron(mask, np.arange(1, 5)).astype(np.int8))
     assert single.indptr.tolist() == [0, 0, 1, 3, 6]
 
 
 def test_parts_of_single_outputs_count_packs() -> None:
     """Kernels finish as many outputs together as make a pack, so no part may begin within one."""
     weight = np.kron(np.arange(24)[:, None] > np.arange(8)[None, :], np.ones((1, 4))).astype(np.int8)
-    packed = pack_linear(workload("column", (1, 4), *weight.shape, INT8_QUADS), weight)
+    packed = pack_linear(decided("column", (1, 4), QUADS), weight)
     assert len(packed.indptr) == 25
     assert (packed.parts[0], packed.parts[-1]) == (0, 6)
-    uneven = pack_linear(workload("column", (1, 4), 3, 32, INT8_QUADS), weight[:3])  # three outputs make no pack
+    uneven = pack_linear(decided("column", (1, 4), QUADS, 3), weight[:3])  # three outputs make no pack
     assert uneven.parts[-1] == 3
 
 
 def test_more_row_blocks_than_parts_can_name_are_refused() -> None:
     weight = np.zeros((2**16, 4), np.int8)
     with pytest.raises(UnsupportedModel, match="linear 65536x4: 65536 row-blocks are more than 16 bits count"):
-        pack_linear(workload("column", (1, 4), *weight.shape, INT8_QUADS), weight)
+        pack_linear(decided("column", (1, 4), QUADS), weight)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tests import tiny
-from tilewright.codegen.block_sparse import BLOCK_SHAPES, block_density, detect_block
+from tilewright.codegen.block_sparse import BLOCKS, block_density, detect_block
 from tilewright.errors import InvalidInput, UnsupportedModel
 from tilewright.pipeline.modules import encoder_modules
 from tilewright.pipeline.pruning import masks, obs, scores
@@ -81,7 +81,7 @@ def problem(n: int, k: int, seed: int) -> LeastSquares:
 
 
 @pytest.mark.parametrize("rounds", [1, 3, 40])
-@pytest.mark.parametrize("block", BLOCK_SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_obs_is_exact_greedy_obs(block: tuple[int, int], rounds: int) -> None:
     case = problem(2 * block[0], 8 * block[1], seed=rounds)
     settings = ObsSettings(block=block, sparsity=0.6, balanced=True, rounds=rounds)
@@ -93,7 +93,7 @@ def test_obs_is_exact_greedy_obs(block: tuple[int, int], rounds: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", BLOCK_SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_obs_score_is_the_cost_of_removal(block: tuple[int, int]) -> None:
     case = problem(2 * block[0], 6 * block[1], seed=1)
     hessian, cross = case.hessian.numpy(), case.cross.numpy()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import tvm
 import tvm_ffi
-from tvm.s_tir import Schedule
 
 from tests.kernel_harness import (
     FAMILIES,
@@ -23,11 +22,13 @@ from tests.kernel_harness import (
     linear_cases,
     linear_kernel,
     product,
+    read_as,
     vector_stack_accesses,
 )
-from tilewright.codegen.block_sparse import BLOCK_SHAPES, detect_block
-from tilewright.codegen.kernels.epilogue import Activate, Raw
-from tilewright.codegen.kernels.linear import linear, row_block
+from tilewright.codegen.block_sparse import BLOCKS, detect_block
+from tilewright.codegen.decisions import FAMILY_LANES, LinearDecisions, Storage
+from tilewright.codegen.epilogues import Activate, Raw
+from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.model import (
     Attention,
     Embeddings,
@@ -39,14 +40,16 @@ from tilewright.codegen.model import (
     Linear,
     Quantization,
 )
-from tilewright.codegen.plan import LinearPlan
-from tilewright.codegen.trim import trim
-from tilewright.codegen.workload import ATTRIBUTE, FAMILY_LANES, FAMILY_LAYOUT, GROUP, Workload
+from tilewright.codegen.plan import LayerPlan
+from tilewright.codegen.workload import GROUP, describe
 from tilewright.errors import ScheduleMismatch
-from tilewright.schedules.apply import apply, describe
-from tilewright.schedules.blocks import BLOCKS, DENSE, DENSE_TILES, choose, plan, register_block
+from tilewright.schedules.apply import apply
+from tilewright.schedules.blocks import DENSE, DENSE_TILES, register_block
+from tilewright.schedules.choice import Choice, choose, plan, sparse_storage
+from tilewright.schedules.intrinsics import INTRINSICS
 from tilewright.schedules.isa import ISAS, Isa
-from tilewright.schedules.linear import LinearDecisions, default_decisions, schedule_linear
+from tilewright.schedules.rates import AttentionRate, Kind, LevelRates, LinearRate, find
+from tilewright.schedules.single import linear_spec, single_linear
 
 MULTIPLY = {
     "portable": r"\bpmaddwd\b.*%xmm",
@@ -79,7 +82,7 @@ def fits(isa: str, family, block) -> bool:
     if family == "row":
         return True
     registers = 32 if ISAS[isa].lanes == 16 else 16
-    tile = ISAS[isa].operands.columns if family == "gather" else 1
+    tile = read_as(isa, "columns").together if family == "gather" else 1
     return tile * block[0] * GROUP // ISAS[isa].lanes < registers
 
 
@@ -106,7 +109,8 @@ def test_single_outputs_have_two_sums(isa: str) -> None:
 
 @pytest.mark.parametrize(("family", "block"), [*FAMILIES, ("column", (1, 4)), ("row", (32, 4))])
 def test_code_does_not_grow_with_the_matrix(family, block) -> None:
-    small, large = (linear_kernel("avx2", family, block, n, n, Activate("relu", FAMILY_LAYOUT[family])) for n in (192, 1536))
+    own = linear_spec(ISAS["avx2"], Storage(family, block), 64, 64, Raw()).linear.input
+    small, large = (linear_kernel("avx2", family, block, n, n, Activate("relu", own)) for n in (192, 1536))
     assert len(large.assembly) < 1.25 * len(small.assembly)
 
 
@@ -117,7 +121,9 @@ def test_portable_has_no_avx(family, block) -> None:
     assert not re.search(r"^\s+(\{vex\}\s+)?v[a-z0-9]+\s.*%xmm|%[yz]mm\d", assembly, re.MULTILINE)
 
 
-DECISIONS = {"rows": (1, 8, 16), "chunks": (1, 2)}
+DECISIONS = {"rows": (1, 8, 16), "chunks": (1, 2), "token_tiles": ((1,), (4, 2, 1))}
+"""Values of each field that a tuner may choose, for the families that it means something to."""
+MEANT = {"rows": ("row",), "chunks": ("row", "column", "gather"), "token_tiles": ("column",)}
 
 
 @pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case) for isa in ISAS for case in FAMILIES])
@@ -129,50 +135,45 @@ def test_every_decision_gives_the_same_sums(isa: str, family, block) -> None:
     mask = np.kron(random.random((n // bn, k // bk)) < 0.5, np.ones((bn, bk), int))
     weight = (random.integers(-127, 128, (n, k)) * mask).astype(np.int8)
     x = random.integers(0, 256, (48, k)).astype(np.uint8)
-    workload = Workload("linear", n, k, isa, ISAS[isa].operands, "raw", family, block)
     layout = FAMILY_LANES[family]
     for field, values in DECISIONS.items():
-        for value in values if field != "rows" or family == "row" else ():
-            decisions = dataclasses.replace(default_decisions(workload), **{field: value})
-            kernel = LinearKernel(workload, Raw(), partial(scheduled, workload, decisions))
+        for value in values if family in MEANT[field] else ():
+            spec = linear_spec(ISAS[isa], Storage(family, block), n, k, Raw(), **{field: value})
+            kernel = LinearKernel(spec, Raw())
             zeros = np.zeros(n, np.float32)
             inputs = kernel.arrays(x, weight, fold=np.zeros(n, np.int32), scale=zeros, bias=zeros)
             found = kernel(inputs, {"sums": group_shape(len(x), n, layout)})["sums"]
             np.testing.assert_array_equal(from_groups(found, layout), product(x, weight), err_msg=f"{field}={value}")
 
 
-def scheduled(workload: Workload, decisions: LinearDecisions, func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
-    sch = Schedule(tvm.IRModule({"main": func}))
-    schedule_linear(sch, workload, decisions)
-    return trim(sch.mod["main"])
-
-
 def test_every_field_that_a_tuner_may_choose_is_varied_above() -> None:
-    assert set(DECISIONS) == {field.name for field in dataclasses.fields(LinearDecisions)}
+    """What is not: how weights and activations are stored, and what goes with single outputs only."""
+    fixed = {"storage", "operands", "row_block", "together", "rows_at_once", "partial_sums"}
+    assert set(DECISIONS) | fixed == {field.name for field in dataclasses.fields(LinearDecisions)}
 
 
 @pytest.mark.parametrize(("isa", "family", "block"), EVERY)
 @pytest.mark.parametrize("n", [96, 768, 2304, 3072])
 def test_default_decisions_divide_the_kernel(isa: str, family, block, n: int) -> None:
-    workload = Workload("linear", n, 768, isa, ISAS[isa].operands, "", family, block)
-    decisions = default_decisions(workload)
+    decisions = linear_spec(ISAS[isa], Storage(family, block), n, 768, Raw()).linear
     assert GROUP % decisions.rows == 0
-    assert (n // row_block(workload)) % decisions.chunks == 0
+    assert (n // decisions.row_block) % decisions.chunks == 0
 
 
 def test_apply_leaves_other_functions_alone() -> None:
-    own = linear(Workload("linear", 64, 64, "avx2", ISAS["avx2"].operands, "raw", "gather", (4, 1)), Raw())
-    foreign = own.without_attr(ATTRIBUTE)
+    spec = linear_spec(ISAS["avx2"], Storage("gather", (4, 1)), 64, 64, Raw())
+    own = foreign = linear(spec, Raw())
     module = tvm.IRModule({"own": own, "foreign": foreign})
-    done = apply(module)
+    done = apply(module, {"own": spec})
     assert tvm_ffi.structural_equal(done["foreign"], foreign)
     assert not tvm_ffi.structural_equal(done["own"], own)
     assert tvm_ffi.structural_equal(module["own"], own)  # the argument is not changed
 
 
 def test_describe_names_every_decision() -> None:
-    workload = Workload("linear", 768, 768, "avx2", ISAS["avx2"].operands, "", "row", (16, 4))
-    assert all(f"{field}=" in describe(workload) for field in DECISIONS)
+    spec = linear_spec(ISAS["avx2"], Storage("row", (16, 4)), 768, 768, Raw())
+    assert all(f"{field}=" in describe(spec.decisions) for field in DECISIONS)
+    assert describe(spec.decisions) in spec.key()
 
 
 def linear_of(n: int, k: int, block: tuple[int, int] | None = None) -> Linear:
@@ -192,84 +193,123 @@ def model_of(*blocks: tuple[tuple[int, int] | None, ...]) -> EncoderModel:
     return EncoderModel(config, Embeddings(table, table, None, norm), tuple(layers), Head("none"))
 
 
-def test_every_block_shape_that_is_looked_for_has_plans() -> None:
-    assert set(BLOCKS) == set(BLOCK_SHAPES)
+def test_blocks_split_into_those_they_are_stored_as() -> None:
     for found, plans in BLOCKS.items():
         for candidate in plans:
             assert candidate.block is not None
-            assert found[0] % candidate.block[0] == found[1] % candidate.block[1] == 0  # a block splits into stored ones
+            assert found[0] % candidate.block[0] == found[1] % candidate.block[1] == 0
 
 
 @pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
-@pytest.mark.parametrize("block", BLOCK_SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_shape_has_a_sparse_kernel_at_every_level(isa: Isa, block: tuple[int, int]) -> None:
-    chosen = choose(block, isa)
-    assert chosen.block is not None
-    assert (chosen.family, chosen.block) in linear_cases(isa.name)  # which the other tests compile and run
-    assert bool(chosen.reason) == (chosen.block != block)  # the manifest says why
+    chosen = choose(768, 768, "qkv", block, 0.02, isa, find(isa.name, None))
+    assert chosen.storage == sparse_storage(block, isa)
+    assert (chosen.storage.family, chosen.storage.block) in linear_cases(isa.name)  # which the other tests compile and run
+    assert bool(chosen.reason) == (chosen.storage.block != block)  # the manifest says why
+
+
+def test_sparse_is_chosen_where_the_rates_say_that_it_takes_less_time() -> None:
+    """A dense kernel takes 64 * 64 / 16 = 256 cycles; (4, 1) blocks at 8 products a cycle and a cost of 64 cycles more."""
+    isa = ISAS["avx2"]
+    known = (LinearRate("row", None, 16.0, 0.0, 0.0, 0.0), LinearRate("gather", (4, 1), 8.0, 1.0, 9.0, 0.0))
+    rates = LevelRates("avx2", "any", "measured", "made up", 1.0, known, AttentionRate(8.0, 0.5, 2.0), 0.25)
+
+    def chosen(density: float, kind: Kind = "qkv", block: tuple[int, int] | None = (4, 1), known: Any = rates) -> Choice:
+        return choose(64, 64, kind, block, density, isa, known)
+
+    even = (256 - 64) * 8 / 4096  # the density at which both take as long
+    assert chosen(even - 0.01).storage == Storage("gather", (4, 1))
+    assert chosen(even + 0.01).storage == DENSE
+    assert chosen(even + 0.01).reason == "computed as dense: block (4, 1) pays on avx2 from 62% of zero blocks on"
+    assert chosen(0.49, "activate").storage.block == (4, 1) and chosen(0.51, "activate").storage == DENSE
+    assert "never pays" in chosen(0.0, "add_norm").reason
+    assert chosen(0.0, block=None) == Choice(DENSE)
+    assert chosen(0.99, block=(4, 4)).storage.block == (4, 4)  # of which the rates know nothing
+    assert chosen(0.99, known=None).storage.block == (4, 1)
+
+
+def test_weights_out_of_range_of_a_product_are_not_given_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = ISAS["avx2"]
+    model = model_of(((4, 1),) * 6)
+    model.layers[0].up.weight[0, 0] = -128
+    assert plan(model, isa, sparse="always").layers[0].up.decisions.block == (4, 1)  # as 16-bit products take any byte
+    name = next(name for name, spec in INTRINSICS.items() if (spec.isa, spec.form) == ("avx2", "tokens"))
+    monkeypatch.setitem(INTRINSICS, name, dataclasses.replace(INTRINSICS[name], scalar_range=(-127, 127)))
+    narrow = plan(model, isa, sparse="always").layers[0]
+    assert (narrow.up.decisions.storage, narrow.down.decisions.block) == (DENSE, (4, 1))
+    assert "out of the range" in narrow.up.reason
+
+
+def stored(layer: LayerPlan) -> list[Storage]:
+    return [linear.decisions.storage for linear in layer.linears()]
 
 
 @pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
 def test_plan_of_a_model(isa: Isa) -> None:
     fine, square, coarse = (4, 1), (4, 4), (16, 4)
-    made = plan(model_of((fine,) * 6, (coarse, coarse, coarse, None, fine, (64, 64))), isa)
-    assert (made.isa, made.operands) == (isa.name, isa.operands)
+    made = plan(model_of((fine,) * 6, (coarse, coarse, coarse, None, fine, (64, 64))), isa, sparse="always")
+    assert made.isa == isa.name
+    assert {linear.decisions.operands for layer in made.layers for linear in layer.linears()} == {isa.operands}
     assert made.residual == "columns"  # at least five of eight kernels have tokens for lanes
-    assert set(made.layers[0].linears()) == {LinearPlan("gather", fine)}
+    assert stored(made.layers[0]) == [Storage("gather", fine)] * 4
     second = made.layers[1]
-    wide, dense = (LinearPlan("tile_column", coarse), DENSE_TILES) if isa.tiles else (LinearPlan("row", coarse), DENSE)
-    assert (second.qkv, second.output, second.up) == (wide, dense, LinearPlan("gather", fine))
-    assert (second.down.family, second.down.block) == (dense.family, None)
+    wide, dense = (Storage("tile_column", coarse), DENSE_TILES) if isa.tiles else (Storage("row", coarse), DENSE)
+    assert stored(second) == [wide, dense, Storage("gather", fine), dense]
     assert "no kernel for block (64, 64)" in second.down.reason
-    assert plan(model_of((coarse,) * 6), isa).residual == FAMILY_LANES[wide.family]
-    assert plan(model_of((square,) * 6), isa).residual == "columns"
+    assert plan(model_of((coarse,) * 6), isa, sparse="always").residual == FAMILY_LANES[wide.family]
+    assert plan(model_of((square,) * 6), isa, sparse="always").residual == "columns"
 
 
 def test_query_key_and_value_share_one_kernel() -> None:
     fine, coarse = (4, 1), (16, 4)
     isa = ISAS["avx2"]
     same, mixed, half = (
-        plan(model_of((*first, None, None, None)), isa).layers[0].qkv
+        plan(model_of((*first, None, None, None)), isa, sparse="always").layers[0].qkv
         for first in ((fine,) * 3, (fine, coarse, fine), (fine, fine, None))
     )
-    assert same == LinearPlan("gather", fine)
+    assert same.decisions.storage == Storage("gather", fine)
     for merged in (mixed, half):
-        assert (merged.family, merged.block) == ("row", None)
+        assert merged.decisions.storage == DENSE
         assert "q, k and v" in merged.reason
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Puts back what a test registers."""
-    plans, shapes = dict(BLOCKS), list(BLOCK_SHAPES)
+    before = dict(BLOCKS)
     yield
     BLOCKS.clear()
-    BLOCKS.update(plans)
-    BLOCK_SHAPES[:] = shapes
+    BLOCKS.update(before)
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_registered_block_shape_is_found_and_planned() -> None:
-    shape, stored = (64, 4), LinearPlan("row", (32, 4))
+    shape, way = (64, 4), Storage("row", (32, 4))
     weight = np.kron(np.eye(4, 64), np.ones(shape)).astype(np.int8)
     assert detect_block(weight) != shape
-    register_block(shape, stored)
+    register_block(shape, way)
     assert detect_block(weight) == shape
     for isa in ISAS.values():
-        assert choose(shape, isa).block == (32, 4)
+        assert sparse_storage(shape, isa) == way
 
 
 @pytest.mark.usefixtures("registry")
 def test_block_shapes_without_a_kernel_are_not_registered() -> None:
     before = dict(BLOCKS)
     for candidate, message in (
-        (LinearPlan("row", (16, 4)), r"block \(24, 4\) cannot be stored as \(16, 4\)"),
-        (LinearPlan("row", None), "cannot be stored as None"),
-        (LinearPlan("row", (24, 2)), r"block \(24, 4\) has no kernel on \w+"),
+        (Storage("row", (16, 4)), r"block \(24, 4\) cannot be stored as \(16, 4\)"),
+        (Storage("row", None), "cannot be stored as None"),
+        (Storage("row", (24, 2)), r"block \(24, 4\) has no kernel on \w+"),
     ):
         with pytest.raises(ScheduleMismatch, match=message):
             register_block((24, 4), candidate)
     assert before == BLOCKS
+
+
+def test_blocks_are_not_skipped_if_never_is_asked_for() -> None:
+    made = plan(model_of(((4, 1),) * 6), ISAS["avx2"], sparse="never")
+    assert {linear.decisions.storage for linear in made.layers[0].linears()} == {DENSE}
 
 
 def test_a_model_without_layers_has_a_plan() -> None:
@@ -277,6 +317,6 @@ def test_a_model_without_layers_has_a_plan() -> None:
 
 
 def test_chunks_that_do_not_divide_the_row_blocks_are_refused() -> None:
-    own = Workload("linear", 64, 64, "avx2", ISAS["avx2"].operands, "raw", "gather", (4, 1))
+    own = linear_spec(ISAS["avx2"], Storage("gather", (4, 1)), 64, 64, Raw(), chunks=3)
     with pytest.raises(ScheduleMismatch, match="16 row-blocks and 64 parts do not divide into 3 chunks"):
-        schedule_linear(Schedule(linear(own, Raw())), own, LinearDecisions(chunks=3))
+        single_linear(own, Raw())

@@ -17,9 +17,9 @@ import tvm_ffi
 from tvm.script import tirx as T
 
 from tests.kernel_harness import LINEAR_LEVELS, from_groups, group_shape, linear_kernel, product
-from tilewright.codegen.kernels.epilogue import Raw
+from tilewright.codegen.decisions import FAMILY_LANES
+from tilewright.codegen.epilogues import Raw
 from tilewright.codegen.stealing import SPANS, steal_tasks
-from tilewright.codegen.workload import FAMILY_LANES
 from tilewright.runtime import _SHARE_ALL_CORES, PoolThread
 from tilewright.schedules.isa import ISAS
 

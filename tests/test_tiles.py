@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 from tests.kernel_harness import innermost_loops, linear_cases, linear_kernel
 from tests.test_schedules import model_of
 from tilewright import cpu
-from tilewright.codegen.kernels.epilogue import Raw
+from tilewright.codegen.block_sparse import BLOCKS
+from tilewright.codegen.decisions import Family, Storage
+from tilewright.codegen.epilogues import Raw
 from tilewright.codegen.kernels.tiles import tile_quads
-from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.tiles import configuration
-from tilewright.codegen.workload import Family, Workload
 from tilewright.errors import ArtifactTargetMismatch
 from tilewright.manifest import LevelRecord
-from tilewright.schedules.blocks import BLOCKS, DENSE_TILES, PAYS_ON_TILES, choose, legal, plan
+from tilewright.schedules.blocks import DENSE_TILES, legal
+from tilewright.schedules.choice import choose, plan, sparse_storage
 from tilewright.schedules.isa import ISAS, resolve
+from tilewright.schedules.rates import find
+from tilewright.schedules.single import linear_spec
 
 AMX = ISAS["amx"]
 CASES: list[tuple[Family, tuple[int, int] | None]] = [("tile_row", None), ("tile_column", (16, 4)), ("tile_column", (32, 4))]
@@ -81,13 +84,11 @@ def test_what_has_no_tiles_runs_another_levels_intrinsics() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_dense_tiles_are_preferred_unless_few_blocks_are_left(block: tuple[int, int]) -> None:
-    sparse = choose(block, AMX)
-    limit = PAYS_ON_TILES[sparse.family]
-    assert choose(block, AMX, limit) == sparse
-    dense = choose(block, AMX, limit + 0.01)
-    assert (dense.family, dense.block) == ("tile_row", None)
-    assert f"on amx block {block} pays up to" in dense.reason
-    assert choose(block, ISAS["avx512vnni"], 1.0).block is not None  # no other level weighs the two
+    rates = find("amx", None)
+    assert choose(768, 768, "qkv", block, 0.01, AMX, rates).storage == sparse_storage(block, AMX)
+    dense = choose(768, 768, "qkv", block, 0.9, AMX, rates)
+    assert dense.storage == DENSE_TILES
+    assert f"block {block} pays on amx from" in dense.reason
 
 
 def test_a_plan_counts_the_non_zero_blocks_of_a_model() -> None:
@@ -95,15 +96,15 @@ def test_a_plan_counts_the_non_zero_blocks_of_a_model() -> None:
     up = model.layers[0].up.weight  # [64, 32]
     up[:16] = 1  # a quarter of the blocks
     model.layers[0].down.weight[:, :40] = 1  # 40 of 64 inputs
-    made = plan(model, AMX).layers[0]
-    assert made.up == LinearPlan("tile_column", (16, 4))
-    assert made.down.family == "tile_row"
+    made = plan(model, AMX, sparse="auto").layers[0]
+    assert made.up.decisions.storage == Storage("tile_column", (16, 4))
+    assert made.down.decisions.storage == DENSE_TILES
 
 
 @given(quads=st.integers(1, 1024))
 def test_steps_of_dense_tiles_divide_the_inputs(quads: int) -> None:
     """So no load reads past a row, whatever K is."""
-    found = tile_quads(Workload("linear", 16, 4 * quads, "amx", AMX.operands, family="tile_row"))
+    found = tile_quads(linear_spec(AMX, DENSE_TILES, 16, 4 * quads, Raw()))
     assert quads % found == 0
     assert not [count for count in range(found + 1, 17) if quads % count == 0]
 

@@ -17,11 +17,13 @@ from tilewright.codegen.artifact import check_output, write_artifact
 from tilewright.codegen.build import build
 from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Head
+from tilewright.codegen.passes import dump
+from tilewright.codegen.workload import describe
 from tilewright.cpu import cpu_features
 from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output, library_name
-from tilewright.schedules.apply import apply, describe
-from tilewright.schedules.blocks import plan
-from tilewright.schedules.isa import Isa, resolve_all
+from tilewright.schedules.apply import apply
+from tilewright.schedules.choice import Sparse, plan
+from tilewright.schedules.isa import Isa, known_cpu, resolve_all
 from tilewright.weights import WeightPool
 
 _CHECKPOINT = {".onnx", ".safetensors", ".json"}
@@ -43,8 +45,10 @@ def compile(
     output: str | Path = "model.tw",
     *,
     max_tokens: int = 4096,
+    sparse: Sparse = "auto",
     overwrite: bool = True,
     self_check: bool = True,
+    debug_dump: str | Path | None = None,
     progress: Progress = lambda stage: None,
 ) -> Artifact:
     """Compile a quantised checkpoint (or an EncoderModel) into the artifact directory `output`.
@@ -54,10 +58,13 @@ def compile(
     The engine runs the best that its CPU has. Compiling for another CPU works anywhere.
     max_tokens: tokens one run of the module may hold; the engine splits larger batches, so it bounds memory, not batches.
     self_check: run an ONNX graph beside the model read from it, and refuse it where they differ.
+    sparse: whether zero blocks are skipped: `auto` where the CPU's rates say that it pays, `always` wherever there is a kernel
+    for it, or `never`.
+    debug_dump: a directory to write the module to after each pass, in a folder for each level.
     progress: called with each name of STAGES as the stage begins; lower, schedule and build come once for each level.
     Raises a TilewrightError with a one-line message; nothing is left at `output` then.
     """
-    isas = resolve_all(target, cpu_features())
+    isas, cpu = resolve_all(target, cpu_features()), known_cpu(target)
     check_output(output, overwrite=overwrite)
     progress("load")
     model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check)
@@ -65,15 +72,16 @@ def compile(
     with tempfile.TemporaryDirectory(prefix="tilewright-") as scratch:
         for isa in isas:
             progress("lower")
-            lowered = lower(model, plan(model, isa), max_tokens)
-            progress("schedule")
-            module = apply(lowered.module)
-            progress("build")
+            lowered = lower(model, plan(model, isa, cpu, sparse), max_tokens)
             libraries[isa.name] = Path(scratch) / library_name(isa.name)
-            build(module, isa.target(), libraries[isa.name])
+            with dump(None if debug_dump is None else Path(debug_dump) / isa.name):
+                progress("schedule")
+                module = apply(lowered.module, lowered.specs)
+                progress("build")
+                build(module, isa.target(), libraries[isa.name])
             levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters)))
         progress("write")
-        provenance = _provenance(model_path, model, {"target": target, "max_tokens": max_tokens})
+        provenance = _provenance(model_path, model, {"target": target, "max_tokens": max_tokens, "sparse": sparse})
         written = write_artifact(
             output,
             libraries=libraries,
@@ -90,10 +98,10 @@ def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str]) -> LevelRecor
         LayerRecord(
             name=kernel.name,
             shape=kernel.shape,
-            block=kernel.block,
+            block=kernel.spec.linear.block,
             density=kernel.density,
             kernel=kernel.workload.key(),
-            schedule=describe(kernel.workload),
+            schedule=describe(kernel.spec.decisions),
             note=kernel.reason,
         )
         for kernel in lowered.kernels

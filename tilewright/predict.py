@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright import frontend
-from tilewright.codegen.block_sparse import MIN_SPARSITY
-from tilewright.codegen.plan import LinearPlan
-from tilewright.codegen.workload import GROUP
+from tilewright.codegen.block_sparse import BLOCKS
+from tilewright.codegen.decisions import Block, Storage
+from tilewright.codegen.formats import GROUP
 from tilewright.frontend.huggingface import read_config
-from tilewright.schedules.blocks import BLOCKS, Block, choose
+from tilewright.schedules.blocks import dense
+from tilewright.schedules.choice import choose, sparse_storage
 from tilewright.schedules.isa import Isa
-from tilewright.schedules.rates import LevelRates, LinearRate
+from tilewright.schedules.rates import Kind, LevelRates
 
 ASSUMED_GHZ = 3.0
 """The clock of a CPU on which nothing was measured: about what servers of the last ten years sustain on vector code."""
@@ -32,8 +33,8 @@ class Sizes:
     heads: int
     intermediate: int
 
-    def linears(self) -> Mapping[str, tuple[int, int, str]]:
-        """A layer's linear kernels: outputs, inputs, and the rate that tells its cost per output."""
+    def linears(self) -> Mapping[str, tuple[int, int, Kind]]:
+        """A layer's linear kernels: outputs, inputs, and what follows the product."""
         hidden, wide = self.hidden, self.intermediate
         return {
             "qkv": (3 * hidden, hidden, "qkv"),
@@ -50,12 +51,12 @@ BERT_BASE = Sizes("bert-base", 12, 768, 12, 3072)
 class Prediction:
     """An encoder with every linear pruned to `block` (None: dense).
 
-    stored: how the level stores it. kernels: microseconds of a layer's kernels. milliseconds: the whole encoder.
+    stored: how the level stores each linear. kernels: microseconds of a layer's kernels. milliseconds: the whole encoder.
     """
 
     block: Block | None
     sparsity: float
-    stored: LinearPlan
+    stored: Mapping[str, Storage]
     kernels: Mapping[str, float]
     milliseconds: float
 
@@ -84,24 +85,23 @@ def predict(
 ) -> Prediction | None:
     """The time of `batch` sequences of `seq_len` tokens when all linears have the share `sparsity` of zero blocks.
 
-    None if the table lacks the plan that level `isa` would choose.
+    None if the table has no rate for how the level stores a kernel.
     """
-    plan = choose(block if sparsity >= MIN_SPARSITY else None, isa, 1.0 - sparsity)
-    rate = rates.of(plan)
-    if rate is None:
-        return None
-    density = 1.0 if plan.block is None else 1.0 - sparsity
     tokens = -(-batch * seq_len // GROUP) * GROUP
-    cycles = {
-        name: tokens * (outputs * inputs * density / rate.macs + outputs * getattr(rate, epilogue))
-        for name, (outputs, inputs, epilogue) in sizes.linears().items()
-    }
+    stored, cycles = {}, {}
+    for name, (outputs, inputs, kind) in sizes.linears().items():
+        storage = choose(outputs, inputs, kind, block, 1.0 - sparsity, isa, rates).storage
+        rate = rates.of(storage)
+        if rate is None:
+            return None
+        density = 1.0 if storage.block is None else 1.0 - sparsity
+        stored[name], cycles[name] = storage, tokens * rate.cycles(outputs, inputs, density, kind)
     attention = rates.attention
     products, scores = 2 * seq_len * sizes.hidden / attention.macs, seq_len * sizes.heads * attention.softmax
     cycles["attention"] = tokens * (products + scores + sizes.hidden * attention.cost)
     kernels = {name: cycles[name] / ghz / 1e3 for name in ("qkv", "attention", "output", "up", "down")}
     embedding = tokens * sizes.hidden * rates.embedding / ghz / 1e3
-    return Prediction(block, sparsity, plan, kernels, (sizes.layers * sum(kernels.values()) + embedding) / 1e3)
+    return Prediction(block, sparsity, stored, kernels, (sizes.layers * sum(kernels.values()) + embedding) / 1e3)
 
 
 def ranking(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -110,19 +110,13 @@ def ranking(predictions: Iterable[Prediction]) -> list[Prediction]:
 
 
 def break_even(sizes: Sizes, isa: Isa, rates: LevelRates, block: Block) -> float | None:
-    """The share of zero blocks from which a layer's sparse linears take less time than dense ones; 1 if never.
-
-    None if the table lacks a plan. Both times are linear in the share: dense = (1 - share) * products + cost. The compiler
-    does not ask the rates: on a level with tiles it goes by `PAYS_ON_TILES`.
-    """
-    sparse, dense = rates.of(choose(block, isa)), rates.of(choose(None, isa))
-    if sparse is None or dense is None:
+    """The share of zero blocks from which all of a layer's linears are stored sparse; 1 if never, None if rates are lacking."""
+    storage = sparse_storage(block, isa)
+    sparse, whole = None if storage is None else rates.of(storage), rates.of(dense(isa))
+    if sparse is None or whole is None:
         return None
-    macs = sum(outputs * inputs for outputs, inputs, _ in sizes.linears().values())
-    share = 1 - (macs / dense.macs + _costs(sizes, dense) - _costs(sizes, sparse)) * sparse.macs / macs
-    return min(max(share, 0.0), 1.0)
-
-
-def _costs(sizes: Sizes, rate: LinearRate) -> float:
-    """Cycles per token of a layer's linears that do not depend on the share of zeros."""
-    return sum(float(outputs * getattr(rate, epilogue)) for outputs, _, epilogue in sizes.linears().values())
+    densities = [
+        sparse.break_even(outputs, inputs, kind, whole.cycles(outputs, inputs, 1.0, kind))
+        for outputs, inputs, kind in sizes.linears().values()
+    ]
+    return min(max(1 - min(densities), 0.0), 1.0)

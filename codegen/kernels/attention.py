@@ -19,33 +19,26 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from tilewright.codegen.kernels.common import activation_at, interleaved, quantize, shape
+from tilewright.codegen.formats import GROUP, Format
+from tilewright.codegen.kernels.common import activation_at, interleaved, quantize
 from tilewright.codegen.kernels.math import ROUNDED_ABOVE, exp2, rounded_bits
-from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Workload
+from tilewright.codegen.workload import ATTRIBUTE, KernelSpec
 
 LOWEST = -(2**31)
 
 
-def _tile(workload: Workload) -> int:
-    """Keys, then channels, whose accumulators are live together.
-
-    4 x 16 lanes fill half of AVX2's registers. Of 32 wide ones 8 are few, but hide the latency of the dot products.
-    """
-    return 8 if workload.operands.accumulators >= 16 and workload.k % 8 == 0 else 4
-
-
-def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.tirx.PrimFunc:
+def attention(spec: KernelSpec, consumer: Format, max_positions: int) -> tvm.tirx.PrimFunc:
     """context = softmax(q k^T) v for `n` heads of `k` channels each.
 
     Arguments: query, key [G, H / pack, 16, pack] and value [G, H, 16] as the Qkv epilogue writes them, offsets
     i32[B + 1], quant f32[3] = (query scale * key scale / sqrt(k), value scale / context scale, context zero point);
-    output: context u8 in the layout `consumer`, 0 in lanes of no sequence.
+    output: context u8 in the format `consumer`, 0 in lanes of no sequence.
     Blocks `score`, `total` and `context` are dot products [16, pack] x [pack] -> s32[16] for tensorize.
     """
-    heads, channels, operands = workload.n, workload.k, workload.operands
-    pack, hidden, stored = operands.pack, workload.n * workload.k, operands.activation
+    heads, channels, operands, size = spec.n, spec.k, spec.attention.operands, spec.attention.tile
+    pack, hidden, held, stored = operands.pack, spec.n * spec.k, operands.weight, consumer.dtype
     rows = channels // pack
-    size = _tile(workload)
+    unit = consumer.pack if consumer.layout == "packed" else pack  # channels of a token that are stored together
     positions = -(-max_positions // size) * size + size
     shifts = range(0, 32, 32 // pack)  # of each weight in the word of a pack
     above = reduce(xor, (ROUNDED_ABOVE << shift & 0xFFFFFFFF for shift in shifts))
@@ -67,10 +60,10 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
         return reduce(tirx.bitwise_xor, (each << shift for each, shift in zip(weights, shifts, strict=True)), T.int32(above))
 
     def weight_vector(words: Any) -> Any:
-        return tirx.reinterpret(f"{stored}x{GROUP * pack}", words.vload([0], f"int32x{GROUP}"))
+        return tirx.reinterpret(f"{held}x{GROUP * pack}", words.vload([0], f"int32x{GROUP}"))
 
     def place(groups: Any, group: Any, token: Any, channel: Any) -> Any:
-        return activation_at(consumer, operands, groups, group, token, channel)
+        return activation_at(consumer, groups, group, token, channel)
 
     def own(token: Any, start: Any, end: Any) -> Any:
         return T.And(token >= start, token < end)
@@ -79,7 +72,7 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
         return T.And(token >= start, token + count <= end)
 
     def channel_rows(mixed: Any, channel: Any) -> Any:
-        return interleaved([mixed.vload([channel + p, 0], f"{stored}x{GROUP}") for p in range(pack)])
+        return interleaved([mixed.vload([channel + p, 0], f"{stored}x{GROUP}") for p in range(unit)])
 
     def output(accumulator: Any, scale: Any, zero_point: Any) -> Any:
         return quantize(T.cast(accumulator, "float32") * scale, 0, 255, stored, zero_point)
@@ -93,31 +86,31 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
         quant: T.Buffer((3,), "float32"),
         context_: T.handle,
     ):
-        T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
+        T.func_attr({"tirx.noalias": True, ATTRIBUTE: spec.key()})
         groups = T.int32()
         ends = T.int32()
-        query = T.match_buffer(query_, (groups, hidden // pack, GROUP, pack), operands.attention)
+        query = T.match_buffer(query_, (groups, hidden // pack, GROUP, pack), operands.query)
         key = T.match_buffer(key_, (groups, hidden // pack, GROUP, pack), operands.key)
-        value = T.match_buffer(value_, (groups, hidden, GROUP), operands.attention)
+        value = T.match_buffer(value_, (groups, hidden, GROUP), operands.query)
         offsets = T.match_buffer(offsets_, (ends,), "int32")
-        context = T.match_buffer(context_, shape(consumer, groups, hidden, pack), stored)
+        context = T.match_buffer(context_, consumer.shape(groups, hidden), stored)
         for h, g in T.grid(heads, groups):
             with T.sblock("attention"):
                 head, group = T.axis.remap("SS", [h, g])
                 T.reads(query[:, :, :, :], key[:, :, :, :], value[:, :, :], offsets[:], quant[:])
                 T.writes(context[:, :, :])
                 scores = T.sblock_alloc_buffer((positions, GROUP), "int32")
-                weights = T.sblock_alloc_buffer((positions // pack, GROUP, pack), stored)
+                weights = T.sblock_alloc_buffer((positions // pack, GROUP, pack), held)
                 tile = T.sblock_alloc_buffer((size, GROUP), "int32")
                 largest = T.sblock_alloc_buffer((GROUP,), "int32")
                 word = T.sblock_alloc_buffer((GROUP,), "int32")
-                ones = T.sblock_alloc_buffer((pack,), operands.attention)
+                ones = T.sblock_alloc_buffer((pack,), operands.query)
                 total = T.sblock_alloc_buffer((GROUP,), "int32")
                 ratio = T.sblock_alloc_buffer((GROUP,), "float32")
                 mixed = T.sblock_alloc_buffer((channels, GROUP), stored)
-                packed = T.sblock_alloc_buffer((GROUP, pack), stored)
+                packed = T.sblock_alloc_buffer((GROUP, unit), stored)
                 for p in T.unroll(pack):
-                    ones[p] = T.cast(1, operands.attention)
+                    ones[p] = T.cast(1, operands.query)
                 for c in T.serial(channels):
                     for i in T.vectorized(GROUP):
                         mixed[c, i] = T.cast(0, stored)
@@ -225,15 +218,15 @@ def attention(workload: Workload, consumer: Layout, max_positions: int) -> tvm.t
                                         output(tile[c, i], ratio[i], quant[2]),
                                         mixed[block * size + c, i],
                                     )
-                if consumer == "columns":
+                if consumer.layout == "columns":
                     for c in T.serial(channels):
                         for i in T.vectorized(GROUP):
                             context[place(groups, group, i, head * channels + c)] = mixed[c, i]
-                else:  # `pack` channels of a token at a time
-                    for c in T.serial(rows):
-                        packed[0, T.ramp(0, 1, GROUP * pack)] = channel_rows(mixed, c * pack)
+                else:  # `unit` channels of a token at a time
+                    for c in T.serial(channels // unit):
+                        packed[0, T.ramp(0, 1, GROUP * unit)] = channel_rows(mixed, c * unit)
                         for i in T.unroll(GROUP):
-                            for p in T.vectorized(pack):
-                                context[place(groups, group, i, head * channels + c * pack + p)] = packed[i, p]
+                            for p in T.vectorized(unit):
+                                context[place(groups, group, i, head * channels + c * unit + p)] = packed[i, p]
 
     return attention

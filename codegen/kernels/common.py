@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from tilewright.codegen.epilogues import Argument
+from tilewright.codegen.formats import GROUP, Format, Layout
 from tilewright.codegen.kernels.math import round_to_int
-from tilewright.codegen.workload import ATTRIBUTE, GROUP, Layout, Operands, Workload
+from tilewright.codegen.workload import ATTRIBUTE, KernelSpec
 
 Expr = Any  # tirx.PrimExpr; TVM ships no type information
 
@@ -24,42 +26,40 @@ def at(layout: Layout, group: Expr, token: Expr, channel: Expr, pack: int = 1) -
     return [group, token, channel] if layout == "rows" else [group, channel, token]
 
 
-def activation_at(layout: Layout, operands: Operands, groups: Expr, group: Expr, token: Expr, channel: Expr) -> list[Expr]:
-    """Indices of one element of an integer activation of `groups` groups, as kernels read and write it.
+def activation_at(stored: Format, groups: Expr, group: Expr, token: Expr, channel: Expr) -> list[Expr]:
+    """Indices of one element of an activation of `groups` groups in format `stored`.
 
-    In tiled columns only the place counted from the tile's start is meaningful: the last index runs past its axis.
+    Where groups stand together only the place counted from the tile's start is meaningful: the last index runs past its axis.
     """
-    if layout != "columns" or operands.columns == 1:
-        return at(layout, group, token, channel, operands.pack)
+    if stored.together == 1:
+        return at(stored.layout, group, token, channel, stored.pack)
     size, inner = tirx.const(1, "int32"), tirx.const(0, "int32")
-    for tile in reversed(operands.tiles[:-1]):
+    for tile in reversed(stored.tiles[:-1]):
         whole = group < groups // tile * tile
         size, inner = tirx.Select(whole, tile, size), tirx.Select(whole, group % tile, inner)
     return [group - inner, 0, (channel * size + inner) * GROUP + token]
 
 
-def shape(layout: Layout, groups: Expr, channels: int, pack: int = 1) -> list[Expr]:
-    """Shape of an activation of `channels` channels."""
-    if layout == "packed":
-        return [groups, channels // pack, GROUP, pack]
-    return at(layout, groups, GROUP, channels)
-
-
-def prim_func(workload: Workload, body: Callable[[], None]) -> tvm.tirx.PrimFunc:
-    """Run `body` inside a new PrimFunc tagged with `workload`; `body` declares arguments with `arg`."""
+def prim_func(spec: KernelSpec, body: Callable[[], None]) -> tvm.tirx.PrimFunc:
+    """Run `body` inside a new PrimFunc tagged with `spec`; `body` declares arguments with `arg`."""
     with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(workload.op)
-        T.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
+        T.func_name(spec.op)
+        T.func_attr({"tirx.noalias": True, ATTRIBUTE: spec.key()})
         body()
     return builder.get()
 
 
-def arg(name: str, shape: list[Expr], dtype: str) -> Any:
+def arg(name: str, shape: Sequence[Expr], dtype: str) -> Any:
     """Declare the next argument of the current PrimFunc: a buffer of `shape` and `dtype`."""
     return T.arg(name, T.Buffer(tuple(shape), dtype))
 
 
-def scratch(name: str, shape: list[Expr], dtype: str) -> Any:
+def declare(arguments: Sequence[Argument]) -> tuple[Any, ...]:
+    """Declare several arguments, in order."""
+    return tuple(arg(*argument) for argument in arguments)
+
+
+def scratch(name: str, shape: Sequence[Expr], dtype: str) -> Any:
     """Allocate a buffer in the current block."""
     buffer = T.sblock_alloc_buffer(tuple(shape), dtype)
     IRBuilder.name(name, buffer)
@@ -118,11 +118,11 @@ __all__ = [
     "alias",
     "arg",
     "at",
+    "declare",
     "interleaved",
     "prim_func",
     "quantize",
     "scratch",
-    "shape",
     "stage",
     "store",
 ]

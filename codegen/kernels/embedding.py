@@ -6,20 +6,22 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
+from tilewright.codegen.epilogues import Norm
+from tilewright.codegen.formats import Format
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, declare, prim_func, scratch, stage, store
 from tilewright.codegen.kernels.interleave import transposed
-from tilewright.codegen.kernels.norm import Norm, norm_args, norm_outputs, norm_stages
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.kernels.norm import norm_stages
+from tilewright.codegen.workload import KernelSpec
 
 
-def embedding(workload: Workload, norm: Norm, positions: int, token_types: int, coded: bool = False) -> tvm.tirx.PrimFunc:
+def embedding(spec: KernelSpec, norm: Norm, positions: int, token_types: int, coded: bool = False) -> tvm.tirx.PrimFunc:
     """The embedding kernel for a vocabulary of `n` words and `k` channels.
 
     Arguments: input_ids, position_ids and (if token_types > 0) token_type_ids i32[G, 16], the tables word f32[V, H],
     position f32[P, H] and token_type f32[T, H], then gamma, beta, quant and the outputs of `norm_stages`.
     coded: word is u8 and followed by its grid, f32[2], as in `coding.CodedTable`.
     """
-    vocabulary, hidden = workload.n, workload.k
+    vocabulary, hidden = spec.n, spec.k
 
     def body() -> None:
         groups = tirx.Var("G", "int32")
@@ -29,9 +31,8 @@ def embedding(workload: Workload, norm: Norm, positions: int, token_types: int, 
         word = arg("word", [vocabulary, hidden], "uint8" if coded else "float32")
         grid = arg("grid", [2], "float32") if coded else None
         tables = [arg(name, [sizes[name], hidden], "float32") for name in names[1:]]
-        args = norm_args(hidden)
-        outputs = norm_outputs(groups, hidden, norm, workload.operands)
-        pre = scratch("pre", shape(norm.residual, groups, hidden), "float32")
+        args, outputs = declare(norm.inputs(hidden)), declare(norm.outputs(groups, hidden))
+        pre = scratch("pre", Format(norm.residual, "float32").shape(groups, hidden), "float32")
         # squares of GROUP tokens by GROUP channels: tables hold a token's channels together, the stream may hold tokens so;
         # the unit axis carries the written region, which compute_at has to find in terms of axes
         with stage("embed", {"g": groups, "c": hidden // GROUP, "t": 1}) as (g, c, unit):
@@ -55,6 +56,6 @@ def embedding(workload: Workload, norm: Norm, positions: int, token_types: int, 
             for i, line in enumerate(lines):
                 place = [g, i, c * GROUP] if norm.residual == "rows" else [g, c * GROUP + i, 0]
                 store(pre, line, [*place[:-1], tirx.Ramp(place[-1], 1, GROUP)])
-        norm_stages(pre, groups, hidden, norm, workload.operands, args, outputs)
+        norm_stages(pre, groups, hidden, norm, args, outputs)
 
-    return prim_func(workload, body)
+    return prim_func(spec, body)

@@ -4,63 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from tilewright.codegen.epilogues import Activate, AddNorm, Epilogue, Qkv, Raw
+from tilewright.codegen.formats import AttentionOperands, Layout
 from tilewright.codegen.kernels.common import (
     GROUP,
     Expr,
     activation_at,
     alias,
-    arg,
     at,
+    declare,
     interleaved,
     quantize,
     scratch,
-    shape,
     stage,
     store,
 )
 from tilewright.codegen.kernels.interleave import bytes_in_order
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.kernels.nest import Nest, Value
-from tilewright.codegen.kernels.norm import Norm, before_norm, norm_args, norm_outputs, norm_stages
-from tilewright.codegen.workload import Layout, Operands, Workload
-
-
-@dataclass(frozen=True)
-class Qkv:
-    """Epilogue: the concatenated q, k, v as attention wants them.
-
-    q, k: [G, H / pack, 16, pack], neighbouring channels of a token adjacent. v: [G, H, 16].
-    """
-
-
-@dataclass(frozen=True)
-class Activate:
-    """Epilogue: activation function, then u8 in the layout of the next linear."""
-
-    activation: str
-    consumer: Layout
-
-
-@dataclass(frozen=True)
-class AddNorm:
-    """Epilogue: residual add and LayerNorm."""
-
-    norm: Norm
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Epilogue: the int32 sums with the zero point folded in, [G, C, 16] or [G, 16, C]; what tests compare bit for bit."""
-
-
-Epilogue = Qkv | Activate | AddNorm | Raw
-
+from tilewright.codegen.kernels.norm import before_norm, norm_stages
+from tilewright.codegen.workload import KernelSpec
 
 Outputs = tuple[Any, ...]
 
@@ -75,8 +43,8 @@ Emit = Callable[[Nest, Value], None]
 
 
 @contextmanager
-def _raw(workload: Workload, _: Raw, groups: Expr, lanes: Layout) -> Iterator[Emit]:
-    out = arg("sums", shape(lanes, groups, workload.n), "int32")
+def _raw(spec: KernelSpec, epilogue: Raw, groups: Expr, lanes: Layout) -> Iterator[Emit]:
+    (out,) = declare(epilogue.outputs(groups, spec.n, lanes))
 
     def emit(nest: Nest, value: Value) -> None:
         sums = nest.written(out)
@@ -87,16 +55,11 @@ def _raw(workload: Workload, _: Raw, groups: Expr, lanes: Layout) -> Iterator[Em
 
 
 @contextmanager
-def _qkv(workload: Workload, _: Qkv, groups: Expr, lanes: Layout) -> Iterator[Emit]:
+def _qkv(spec: KernelSpec, epilogue: Qkv, groups: Expr, lanes: Layout) -> Iterator[Emit]:
     """Which of the three outputs a pack belongs to does not vary within it, because hidden is a multiple of pack."""
-    operands, hidden = workload.operands, workload.n // 3
+    operands, hidden = epilogue.operands, spec.n // 3
     pack = operands.pack
-    packed_shape = [groups, hidden // pack, GROUP, pack]
-    outputs = (
-        arg("query", packed_shape, operands.attention),
-        arg("key", packed_shape, operands.key),
-        arg("value", [groups, hidden, GROUP], operands.attention),
-    )
+    outputs = declare(epilogue.outputs(groups, spec.n, lanes))
 
     def put(into: Outputs, first: Expr, g: Expr, t: Expr, packed: Expr, channels: list[Expr], lane: Expr) -> None:
         query, key, values = into
@@ -112,9 +75,9 @@ def _qkv(workload: Workload, _: Qkv, groups: Expr, lanes: Layout) -> Iterator[Em
                         store(values, channel, [g, first + index - 2 * hidden, last])
 
     def emit(nest: Nest, value: Value) -> None:
-        small = scratch(nest.block("small"), list(nest.axes.values()), operands.attention)
+        small = scratch(nest.block("small"), list(nest.axes.values()), operands.query)
         with nest.epilogue() as (variables, axis):
-            store(small, quantize(value(axis), -127, 127, operands.attention), variables)
+            store(small, quantize(value(axis), -127, 127, operands.query), variables)
         _scatter(nest, lanes, small, tuple(nest.written(output) for output in outputs), put, pack)
 
     yield emit
@@ -155,9 +118,14 @@ def _scatter(nest: Nest, lanes: Layout, small: Any, into: Outputs, put: Put, pac
                 put(into, n, g, 0, rows[0], rows, tirx.Ramp(n % pack, pack, GROUP))
 
 
-def orders_bytes(epilogue: Epilogue) -> bool:
-    """Whether the epilogue takes the accumulators of a `mixed` nest: bytes are put in order with a quarter of the shuffles."""
-    return isinstance(epilogue, Activate) and epilogue.consumer == "columns"
+def orders_bytes(epilogue: Epilogue, tile: int) -> bool:
+    """Whether the epilogue takes the accumulators of a `mixed` nest: bytes are put in order with a quarter of the shuffles.
+
+    They are stored as rows of `tile` groups, so that the consumer's groups must stand together so.
+    """
+    if not isinstance(epilogue, Activate):
+        return False
+    return (epilogue.consumer.layout, epilogue.consumer.dtype, epilogue.consumer.together) == ("columns", "uint8", tile)
 
 
 def _scatter_tile(nest: Nest, small: Any, into: Any) -> None:
@@ -174,7 +142,7 @@ def _scatter_tile(nest: Nest, small: Any, into: Any) -> None:
             store(into, bytes_in_order(vectors), [g, 0, row])
 
 
-def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
+def _offset(packed: Expr, operands: AttentionOperands, lanes: int) -> Expr:
     """`packed` s8 as the keys' dtype: adding 128 to a byte flips its highest bit."""
     if not operands.key_offset:
         return packed
@@ -183,23 +151,23 @@ def _offset(packed: Expr, operands: Operands, lanes: int) -> Expr:
 
 
 @contextmanager
-def _activate(workload: Workload, epilogue: Activate, groups: Expr, lanes: Layout) -> Iterator[Emit]:
-    operands, consumer = workload.operands, epilogue.consumer
-    pack, stored = operands.pack, operands.activation
-    quant = arg("quant", [2], "float32")
-    out = arg("activated", shape(consumer, groups, workload.n, pack), stored)
+def _activate(spec: KernelSpec, epilogue: Activate, groups: Expr, lanes: Layout) -> Iterator[Emit]:
+    consumer = epilogue.consumer
+    pack, stored = consumer.pack, consumer.dtype
+    (quant,) = declare(epilogue.inputs(groups, spec.n))
+    (out,) = declare(epilogue.outputs(groups, spec.n, lanes))
 
     def put(into: Outputs, first: Expr, g: Expr, t: Expr, packed: Expr, _: list[Expr], lane: Expr) -> None:
         store(into[0], packed, [g, first // pack, t, lane])
 
     def emit(nest: Nest, value: Value) -> None:
         activated = nest.written(out)
-        scatters = nest.mixed or (consumer == "packed" and nest.axes["ni"] % pack == 0)
+        scatters = nest.mixed or (consumer.layout == "packed" and nest.axes["ni"] % pack == 0)
         dtype = "int32" if nest.mixed else stored
         small = scratch(nest.block("small"), list(nest.axes.values()), dtype) if scatters else activated
         with nest.epilogue() as (variables, axis):
             real = ACTIVATIONS[epilogue.activation](value(axis)) * quant[0]
-            place = activation_at(consumer, operands, groups, nest.group(axis), axis["t"], nest.output(axis))
+            place = activation_at(consumer, groups, nest.group(axis), axis["t"], nest.output(axis))
             store(small, quantize(real, 0, 255, dtype, quant[1]), variables if scatters else place)
         if nest.mixed:
             _scatter_tile(nest, small, activated)
@@ -210,11 +178,10 @@ def _activate(workload: Workload, epilogue: Activate, groups: Expr, lanes: Layou
 
 
 @contextmanager
-def _add_norm(workload: Workload, epilogue: AddNorm, groups: Expr, _: Layout) -> Iterator[Emit]:
-    norm, hidden = epilogue.norm, workload.n
-    residual = arg("residual", shape(norm.residual, groups, hidden), "float32")
-    args = norm_args(hidden)
-    outputs = norm_outputs(groups, hidden, norm, workload.operands)
+def _add_norm(spec: KernelSpec, epilogue: AddNorm, groups: Expr, lanes: Layout) -> Iterator[Emit]:
+    norm, hidden = epilogue.norm, spec.n
+    residual, *args = declare(epilogue.inputs(groups, hidden))
+    outputs = declare(epilogue.outputs(groups, hidden, lanes))
     pre = before_norm(groups, hidden, norm, outputs)
 
     def emit(nest: Nest, value: Value) -> None:
@@ -224,7 +191,7 @@ def _add_norm(workload: Workload, epilogue: AddNorm, groups: Expr, _: Layout) ->
             store(sums, value(axis) + residual[tuple(place)], place)
 
     yield emit
-    norm_stages(alias(pre), groups, hidden, norm, workload.operands, args, outputs)
+    norm_stages(alias(pre), groups, hidden, norm, tuple(args), outputs)
 
 
 EPILOGUES: dict[type, Any] = {
@@ -233,4 +200,4 @@ EPILOGUES: dict[type, Any] = {
     Activate: _activate,
     AddNorm: _add_norm,
 }
-"""Epilogue to what declares its arguments (workload, epilogue, number of groups, layout of the lanes) and yields its Emit."""
+"""Epilogue to what declares its arguments (spec, epilogue, number of groups, layout of the lanes) and yields its Emit."""

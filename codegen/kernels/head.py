@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, stage, store
 from tilewright.codegen.kernels.math import ACTIVATIONS
 from tilewright.codegen.model import Pooling
-from tilewright.codegen.workload import ATTRIBUTE, Workload
+from tilewright.codegen.workload import ATTRIBUTE, KernelSpec
 
 VECTOR = 16
 """Outputs are padded to a multiple of this in the packed weight, so that every vector is whole."""
@@ -40,12 +40,12 @@ def _dense(name: str, rows: dict[str, Expr], inputs: int, width: int, x: Callabl
     return sums
 
 
-def token_head(workload: Workload, split: bool) -> tvm.tirx.PrimFunc:
+def token_head(spec: KernelSpec, split: bool) -> tvm.tirx.PrimFunc:
     """logits f32[G, 16, n] = stream f32[G, 16, k] @ weight f32[k, padded n] + bias f32[n].
 
     split: one output [G, 16, 1] per column instead of one of all columns.
     """
-    width, hidden = workload.n, workload.k
+    width, hidden = spec.n, spec.k
 
     def body() -> None:
         groups = tirx.Var("G", "int32")
@@ -59,16 +59,16 @@ def token_head(workload: Workload, split: bool) -> tvm.tirx.PrimFunc:
                 column = n + first
                 store(out, sums[g, t, column // VECTOR, column % VECTOR] + bias[column], [g, t, n])
 
-    return prim_func(workload, body)
+    return prim_func(spec, body)
 
 
-def sequence_head(workload: Workload, pre_activation: str | None) -> tvm.tirx.PrimFunc:
+def sequence_head(spec: KernelSpec, pre_activation: str | None) -> tvm.tirx.PrimFunc:
     """logits f32[B, n] from the first token of each sequence.
 
     Arguments: stream f32[G, 16, k], offsets i32[B + 1]; with `pre_activation`, weight f32[k, padded k] and bias f32[k] of the
     layer before; weight f32[k, padded n], bias f32[n]; logits.
     """
-    width, hidden = workload.n, workload.k
+    width, hidden = spec.n, spec.k
 
     def body() -> None:
         groups, ends = tirx.Var("G", "int32"), tirx.Var("ends", "int32")
@@ -97,17 +97,17 @@ def sequence_head(workload: Workload, pre_activation: str | None) -> tvm.tirx.Pr
         with stage("output0", {**batch, "n": width}) as (b, n):
             store(out, sums[b, n // VECTOR, n % VECTOR] + bias[n], [b, n])
 
-    return prim_func(workload, body)
+    return prim_func(spec, body)
 
 
-def pool(workload: Workload, pooling: Pooling, normalize: bool) -> tvm.tirx.PrimFunc:
+def pool(spec: KernelSpec, pooling: Pooling, normalize: bool) -> tvm.tirx.PrimFunc:
     """embedding f32[B, k] of each sequence of stream f32[G, 16, k], offsets i32[B + 1], as `Head` says."""
-    hidden, mean, largest = workload.k, pooling == "mean", pooling == "max"
+    hidden, mean, largest = spec.k, pooling == "mean", pooling == "max"
 
     # an `if` on a Python value is decided when the kernel is made
     @TS.prim_func(s_tir=True)
     def pool(stream_: TS.handle, offsets_: TS.handle, embedding_: TS.handle):
-        TS.func_attr({"tirx.noalias": True, ATTRIBUTE: workload.to_json()})
+        TS.func_attr({"tirx.noalias": True, ATTRIBUTE: spec.key()})
         groups = TS.int32()
         ends = TS.int32()
         stream = TS.match_buffer(stream_, (groups, GROUP, hidden), "float32")

@@ -15,65 +15,28 @@ import tvm
 from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, shape, stage, store
-from tilewright.codegen.kernels.epilogue import EPILOGUES, Epilogue, Raw, orders_bytes
+from tilewright.codegen.decisions import FAMILY_LANES, LinearDecisions
+from tilewright.codegen.epilogues import Epilogue, Raw
+from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, stage, store
+from tilewright.codegen.kernels.epilogue import EPILOGUES, orders_bytes
 from tilewright.codegen.kernels.interleave import in_order, interleave
 from tilewright.codegen.kernels.nest import Nest, Value
 from tilewright.codegen.kernels.tiles import product_tiles
 from tilewright.codegen.tiles import TILE
-from tilewright.codegen.workload import FAMILY_LANES, FAMILY_LAYOUT, PARTS, Workload
-
-
-def row_block(workload: Workload) -> int:
-    """Outputs of one row-block as stored: the sparse block's, or the packing unit of a dense matrix."""
-    if workload.block is not None:
-        return workload.block[0]
-    return next(width for width in workload.operands.row_blocks if workload.n % width == 0)
-
-
-def rows_at_once(workload: Workload) -> int:
-    """Row-blocks whose outputs a kernel finishes together.
-
-    As many as make a pack, where they are single outputs, so that an epilogue can store the channels of a pack together.
-    """
-    single = workload.family == "column" and row_block(workload) == 1
-    return workload.operands.pack if single and workload.n % workload.operands.pack == 0 else 1
-
-
-def partial_sums(workload: Workload) -> int:
-    """Blocks of a column kernel's entry, each of which is added to accumulators of its own.
-
-    Two where `vpdpbusd` sums single outputs: a tile of four groups then has four accumulators, and a CPU that begins two
-    products a cycle, which take five, would wait for them. After `pmaddwd` it waits for an addition of one cycle only.
-    """
-    single = workload.family == "column" and row_block(workload) == 1
-    return 2 if single and workload.operands.pack == 4 else 1
-
+from tilewright.codegen.workload import PARTS, KernelSpec
 
 INDEX_BYTES = 8
 """A gathered row's index is its offset in units of this many bytes: the largest scale an x86 address can apply for free."""
 
 
-def token_tiles(workload: Workload) -> tuple[int, ...]:
-    """Token groups of a register tile in each of the kernel's loop nests, widest first; the last is always 1.
-
-    A nest takes as many whole tiles as there are, the next one what is left over. Wider tiles use a weight (column) or a
-    gathered row (gather) for more tokens. Eight groups of (1, 4) blocks would be read from the L2 cache.
-    """
-    if workload.family == "gather":
-        return workload.operands.tiles
-    fits = workload.family == "column" and 4 * row_block(workload) <= workload.operands.accumulators
-    return (4, 2, 1) if fits else (1,)
-
-
-def _nests(workload: Workload, groups: Expr) -> Iterator[tuple[int, Expr, Expr]]:
+def _nests(made: LinearDecisions, groups: Expr) -> Iterator[tuple[int, Expr, Expr]]:
     """Tile size, first group and number of tiles of each nest.
 
     The maxima change no value. A loop of which TVM's region analysis sees that it runs at most once, or does not see that it
     cannot run a negative number of times, ends as a loop inside the tile.
     """
     first: Expr = None
-    for tile in token_tiles(workload):
+    for tile in made.token_tiles:
         whole = groups // tile * tile
         if first is None:
             yield tile, 0, groups // tile
@@ -83,8 +46,8 @@ def _nests(workload: Workload, groups: Expr) -> Iterator[tuple[int, Expr, Expr]]
             first = T.max(first, whole)
 
 
-def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
-    """The kernel of `workload`.
+def linear(spec: KernelSpec, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
+    """The kernel of `spec`, whose decisions it follows.
 
     Arguments: x (activation dtype, family's layout), the packed weights of `packing.pack_linear` (weight, and for sparse
     blocks index u16, indptr i32 and parts u16), fold i32[N], scale f32[N], bias f32[N], the epilogue's own arguments, its
@@ -92,22 +55,20 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
     """
 
     def body() -> None:
-        assert workload.family is not None
-        groups = tirx.Var("G", "int32")
-        lanes = FAMILY_LANES[workload.family]
-        operands, width = workload.operands, row_block(workload) * rows_at_once(workload)
-        x = arg("x", shape(FAMILY_LAYOUT[workload.family], groups, workload.k, operands.pack), operands.activation)
-        weights = _WEIGHTS[workload.family](workload)
-        fold = arg("fold", [workload.n], "int32")
-        scale = arg("scale", [workload.n], "float32")
-        bias = arg("bias", [workload.n], "float32")
-        with EPILOGUES[type(epilogue)](workload, epilogue, groups, lanes) as emit:
-            for tile, first, count in _nests(workload, groups):
-                extents = {"q": count, "t": GROUP, "nb": workload.n // width, "ni": width, "j": tile}
+        made, groups = spec.linear, tirx.Var("G", "int32")
+        lanes, width = FAMILY_LANES[made.family], made.row_block * made.rows_at_once
+        x = arg("x", made.input.shape(groups, spec.k), made.input.dtype)
+        weights = _WEIGHTS[made.family](spec)
+        fold = arg("fold", [spec.n], "int32")
+        scale = arg("scale", [spec.n], "float32")
+        bias = arg("bias", [spec.n], "float32")
+        with EPILOGUES[type(epilogue)](spec, epilogue, groups, lanes) as emit:
+            for tile, first, count in _nests(made, groups):
+                extents = {"q": count, "t": GROUP, "nb": spec.n // width, "ni": width, "j": tile}
                 order = ("q", "t", "nb", "ni") if lanes == "rows" else ("q", "nb", "ni", "j", "t")
-                mixed = workload.family == "gather" and tile == operands.pack == 4 and orders_bytes(epilogue)
+                mixed = made.family == "gather" and tile == made.operands.pack == 4 and orders_bytes(epilogue, tile)
                 nest = Nest(tile, first, count, {name: extents[name] for name in order}, mixed)
-                sums = _PRODUCTS[workload.family](workload, nest, x, weights)
+                sums = _PRODUCTS[made.family](spec, nest, x, weights)
 
                 def integer(axis: dict[str, Expr], nest: Nest = nest, sums: Value = sums) -> Expr:
                     return sums(axis) + fold[nest.output(axis)]
@@ -118,7 +79,7 @@ def linear(workload: Workload, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
 
                 emit(nest, integer if isinstance(epilogue, Raw) else real)
 
-    return prim_func(workload, body)
+    return prim_func(spec, body)
 
 
 @dataclass(frozen=True)
@@ -134,30 +95,32 @@ class Weights:
         return T.cast(self.indptr[nb], "int64") + T.cast(e, "int64")
 
 
-def _weights_row(workload: Workload) -> Weights:
+def _weights_row(spec: KernelSpec) -> Weights:
     """weight s8[entries, bk / pack, bn, pack]; a dense matrix is s8[N / bn, K / pack, 1, bn, pack]."""
-    pack, width = workload.operands.pack, row_block(workload)
-    if workload.block is None:
-        return Weights(arg("weight", [workload.n // width, workload.k // pack, 1, width, pack], "int8"))
-    return _sparse_args(workload, [workload.block[1] // pack, width, pack], [], "int8")
+    made = spec.linear
+    pack, width = made.operands.pack, made.row_block
+    if made.block is None:
+        return Weights(arg("weight", [spec.n // width, spec.k // pack, 1, width, pack], "int8"))
+    return _sparse_args(spec, [made.block[1] // pack, width, pack], [], "int8")
 
 
-def _weights_gather(workload: Workload) -> Weights:
+def _weights_gather(spec: KernelSpec) -> Weights:
     """weight[entries, bn, pack] and index u16[entries, pack]."""
-    pack = workload.operands.pack
-    return _sparse_args(workload, [row_block(workload), pack], [pack], workload.operands.weight)
+    held = spec.linear.operands
+    return _sparse_args(spec, [spec.linear.row_block, held.pack], [held.pack], held.weight)
 
 
-def _weights_column(workload: Workload) -> Weights:
+def _weights_column(spec: KernelSpec) -> Weights:
     """weight[entries, parts, bn, bk / pack, pack] and index u16[entries, parts]: a block as it is for each partial sum."""
-    assert workload.block is not None
-    pack, parts, (width, inner) = workload.operands.pack, partial_sums(workload), workload.block
-    return _sparse_args(workload, [parts, width, inner // pack, pack], [parts], workload.operands.weight)
+    made = spec.linear
+    assert made.block is not None
+    pack, parts, (width, inner) = made.operands.pack, made.partial_sums, made.block
+    return _sparse_args(spec, [parts, width, inner // pack, pack], [parts], made.operands.weight)
 
 
-def _weights_tile_column(workload: Workload) -> Weights:
+def _weights_tile_column(spec: KernelSpec) -> Weights:
     """weight s8[entries, bn, 16, 4] and index u16[entries, 16]: 16 blocks are one entry."""
-    return _sparse_args(workload, [row_block(workload), TILE, workload.operands.pack], [TILE], "int8")
+    return _sparse_args(spec, [spec.linear.row_block, TILE, spec.linear.operands.pack], [TILE], "int8")
 
 
 _WEIGHTS = {
@@ -178,12 +141,13 @@ def _in_order(nest: Nest, buffer: Any) -> Value:
     return lambda axis: buffer[tuple(axis[name] for name in nest.axes)]
 
 
-def _product_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
+def _product_row(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, t, nb, ni]: weights are vectors of outputs."""
     acc = _accumulators(nest)
-    pack, weight = workload.operands.pack, weights.weight
-    inner = pack if workload.block is None else workload.block[1]
-    reduced = {"e": workload.k // inner, "kp": inner // pack, "ki": pack}
+    made, weight = spec.linear, weights.weight
+    pack = made.operands.pack
+    inner = pack if made.block is None else made.block[1]
+    reduced = {"e": spec.k // inner, "kp": inner // pack, "ki": pack}
     with stage(nest.block("product"), nest.axes, reduced) as (q, t, nb, ni, e, kp, ki):
         g = nest.group({"q": q})
         if weights.index is None:
@@ -196,20 +160,20 @@ def _product_row(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Va
     return _in_order(nest, acc)
 
 
-def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
+def _product_gather(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, nb, ni, j, lane]: `pack` rows of x, each of all tokens of the tile, are interleaved first; ordered has the tokens.
 
     Rows are interleaved as whole vectors, because a row is chosen at run time and tensorize matches no buffer region that is.
     """
-    pack, stored, tile = workload.operands.pack, workload.operands.activation, nest.tile
+    pack, stored, tile = spec.linear.operands.pack, spec.linear.operands.activation, nest.tile
     tokens, axes, index, acc = tile * GROUP, nest.axes, weights.index, _accumulators(nest)
-    entries = -(-workload.k // pack)
+    entries = -(-spec.k // pack)
     gathered = scratch(nest.block("gathered"), [axes["q"], axes["nb"], entries, tile, GROUP, pack], stored)
     # the unit axes j, t and p carry the written region, which compute_at has to find in terms of axes
     loops = {"q": axes["q"], "nb": axes["nb"], "e": entries, "j": 1, "t": 1, "p": 1}
     with stage(nest.block("gather"), loops) as (q, nb, e, j, t, p):
         g = nest.group({"q": q})
-        T.reads(x[g : g + tile, 0 : workload.k, 0:GROUP], index[weights.entry(nb, e), 0:pack])
+        T.reads(x[g : g + tile, 0 : spec.k, 0:GROUP], index[weights.entry(nb, e), 0:pack])
         T.writes(gathered[q, nb, e, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP, p * pack : p * pack + pack])
         unit = INDEX_BYTES * 8 // DataType(stored).bits * tile
         offsets = [T.cast(index[weights.entry(nb, e), column], "int64") * unit for column in range(pack)]
@@ -231,12 +195,13 @@ def _product_gather(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
     return _in_order(nest, ordered)
 
 
-def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
+def _product_column(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, nb, ni, j, t]: tokens stand packed, so a block's inputs are vectors; p is the block within an entry."""
-    assert workload.block is not None
-    pack, parts, inner = workload.operands.pack, partial_sums(workload), workload.block[1]
-    packs, rows, acc = inner // pack, rows_at_once(workload), _accumulators(nest)
-    reduced = {"e": -(-workload.k // inner // parts), "p": parts, "kp": packs, "ki": pack}
+    made = spec.linear
+    assert made.block is not None
+    pack, parts, inner = made.operands.pack, made.partial_sums, made.block[1]
+    packs, rows, acc = inner // pack, made.rows_at_once, _accumulators(nest)
+    reduced = {"e": -(-spec.k // inner // parts), "p": parts, "kp": packs, "ki": pack}
     with stage(nest.block("product"), nest.axes, reduced) as (q, nb, ni, j, t, e, p, kp, ki):
         row, n = (nb, ni) if rows == 1 else (nb * rows + ni, 0)
         entry = weights.entry(row, e)
@@ -245,10 +210,10 @@ def _product_column(workload: Workload, nest: Nest, x: Any, weights: Weights) ->
     return _in_order(nest, acc)
 
 
-def _product_tiles(workload: Workload, nest: Nest, x: Any, weights: Weights) -> Value:
+def _product_tiles(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, nb, t, ni] (tile_row) or acc[q, nb, ni, t] (tile_column)."""
-    acc = product_tiles(workload, x, nest.count, row_block(workload), weights.weight, weights.index, weights.indptr)
-    order = ("q", "nb", "t", "ni") if workload.family == "tile_row" else ("q", "nb", "ni", "t")
+    acc = product_tiles(spec, x, nest.count, weights.weight, weights.index, weights.indptr)
+    order = ("q", "nb", "t", "ni") if spec.linear.family == "tile_row" else ("q", "nb", "ni", "t")
     return lambda axis: acc[tuple(axis[name] for name in order)]
 
 
@@ -262,13 +227,13 @@ _PRODUCTS = {
 """Family to what emits the blocks of a nest that sum its products."""
 
 
-def _sparse_args(workload: Workload, entry: list[int], index: list[int], dtype: str) -> Weights:
+def _sparse_args(spec: KernelSpec, entry: list[int], index: list[int], dtype: str) -> Weights:
     """Declare weight[Z, *entry], index u16[Z, *index], indptr i32[N / bn + 1] and parts; Z is the number of stored entries."""
     stored = tirx.Var("Z", "int32")
     weights = Weights(
         arg("weight", [stored, *entry], dtype),
         arg("index", [stored, *index], "uint16"),
-        arg("indptr", [workload.n // row_block(workload) + 1], "int32"),
+        arg("indptr", [spec.n // spec.linear.row_block + 1], "int32"),
     )
     arg("parts", [PARTS + 1], "uint16")  # for `codegen.trim`; unsigned, so that offsets into scratch can be seen to be 0
     return weights

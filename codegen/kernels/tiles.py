@@ -20,36 +20,36 @@ from tvm.tirx.script import builder as T
 from tilewright.codegen import tiles
 from tilewright.codegen.kernels.common import GROUP, Expr, scratch, stage, store
 from tilewright.codegen.tiles import ACCUMULATORS, LEFT, RIGHT, ROW_BYTES, TILE
-from tilewright.codegen.workload import Workload
+from tilewright.codegen.workload import KernelSpec
 
 Operand = Callable[[Expr], tuple[Expr, int]]
 """Step to the element where an operand's first row starts, and the bytes from row to row."""
 
 
-def tile_quads(workload: Workload) -> int:
+def tile_quads(spec: KernelSpec) -> int:
     """Quads of inputs that one instruction multiplies: the most that divide all of a dense kernel's, 16 of a sparse one's."""
-    if workload.family == "tile_column":
+    if spec.linear.family == "tile_column":
         return TILE
-    quads = workload.k // workload.operands.pack
+    quads = spec.k // spec.linear.operands.pack
     return next(count for count in range(TILE, 0, -1) if quads % count == 0)
 
 
-def product_tiles(workload: Workload, x: Any, groups: Expr, width: int, weight: Any, index: Any, indptr: Any) -> Any:
+def product_tiles(spec: KernelSpec, x: Any, groups: Expr, weight: Any, index: Any, indptr: Any) -> Any:
     """acc[g, nb, 16, width] (tile_row) or acc[g, nb, width, 16] (tile_column), with a group more where `groups` is odd.
 
     weight s8[N / width, K / 4, 1, width, 4], or s8[steps, width, 16, 4] with index u16[steps, 16] and indptr.
     """
-    pairs = tirx.floordiv(groups + 1, 2)
-    shape = [GROUP, width] if workload.family == "tile_row" else [width, GROUP]
-    acc = scratch("acc", [2 * pairs, workload.n // width, *shape], "int32")
+    pairs, width, family = tirx.floordiv(groups + 1, 2), spec.linear.row_block, spec.linear.family
+    shape = [GROUP, width] if family == "tile_row" else [width, GROUP]
+    acc = scratch("acc", [2 * pairs, spec.n // width, *shape], "int32")
     arguments = [buffer for buffer in (x, weight, index, indptr) if buffer is not None]
-    with stage("product", {"p": pairs, "nb": workload.n // width}) as (p, nb):
+    with stage("product", {"p": pairs, "nb": spec.n // width}) as (p, nb):
         T.reads(*(buffer[tuple(slice(0, extent) for extent in buffer.shape)] for buffer in arguments))
         T.writes(acc[2 * p : 2 * p + 2, nb, 0 : shape[0], 0 : shape[1]])
-        if workload.family == "tile_row":
-            multiply = partial(_dense, workload, x, weight, acc, nb, width)
+        if family == "tile_row":
+            multiply = partial(_dense, spec, x, weight, acc, nb, width)
         else:
-            gathered = scratch("gathered", [2, -(-workload.k // (4 * TILE)), TILE, ROW_BYTES], "uint8")
+            gathered = scratch("gathered", [2, -(-spec.k // (4 * TILE)), TILE, ROW_BYTES], "uint8")
             multiply = partial(_sparse, x, weight, index, indptr, gathered, acc, nb, width)
         with T.If(2 * p + 1 < groups):
             with T.Then():
@@ -59,11 +59,11 @@ def product_tiles(workload: Workload, x: Any, groups: Expr, width: int, weight: 
     return acc
 
 
-def _dense(workload: Workload, x: Any, weight: Any, acc: Any, nb: Expr, width: int, groups: list[Expr]) -> None:
-    quads = tile_quads(workload)
+def _dense(spec: KernelSpec, x: Any, weight: Any, acc: Any, nb: Expr, width: int, groups: list[Expr]) -> None:
+    quads = tile_quads(spec)
 
     def tokens(g: Expr) -> Operand:
-        return lambda step: (x[g, 0, step * (4 * quads)], workload.k)
+        return lambda step: (x[g, 0, step * (4 * quads)], spec.k)
 
     def weights(n: int) -> Operand:
         return lambda step: (weight[nb, step * quads, 0, n, 0], 4 * width)
@@ -71,7 +71,7 @@ def _dense(workload: Workload, x: Any, weight: Any, acc: Any, nb: Expr, width: i
     for outputs in _twos(width):
         target = [[acc[g, nb, 0, n] for n in outputs] for g in groups]
         left, right = [tokens(g) for g in groups], [weights(n) for n in outputs]
-        _multiply("tdpbusd", left, right, target, 4 * width, workload.k // (4 * quads))
+        _multiply("tdpbusd", left, right, target, 4 * width, spec.k // (4 * quads))
 
 
 def _sparse(

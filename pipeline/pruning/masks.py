@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from tilewright.codegen.block_sparse import BLOCK_SHAPES
+from tilewright.codegen.block_sparse import BLOCKS
 from tilewright.errors import InvalidInput
 from tilewright.pipeline.pruning.scores import grid
 
@@ -41,8 +41,8 @@ class BlockPattern(BaseModel):
 
 def prunable(linears: Mapping[str, nn.Linear], pattern: BlockPattern) -> dict[str, nn.Linear]:
     """Choose the linears that `pattern` prunes; raises InvalidInput for a block without a kernel, or that divides not all."""
-    if pattern.block not in BLOCK_SHAPES:
-        shapes = ", ".join("{}x{}".format(*block) for block in BLOCK_SHAPES)
+    if pattern.block not in BLOCKS:
+        shapes = ", ".join("{}x{}".format(*block) for block in BLOCKS)
         raise InvalidInput("block {}x{} has no kernel; choose one of ".format(*pattern.block) + shapes)
     chosen = {name: linear for name, linear in linears.items() if _divides(pattern.block, linear)}
     left = next((name for name in linears if name not in chosen), None)

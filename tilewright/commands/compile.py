@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,13 @@ def compile(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=16, help="Tokens one run may hold; larger batches are split.")] = 4096,
     self_check: SelfCheck = True,
+    sparse: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(help="Skip zero blocks where the CPU's rates say that it pays, wherever a kernel can, or nowhere."),
+    ] = "auto",
+    debug_dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the module after each pass to DIR, for each level.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a quantised model for a CPU."""
@@ -33,7 +40,16 @@ def compile(
     seconds: dict[str, float] = {}
     target_path = output or Path(f"{model.resolve().stem if model.is_file() else model.resolve().name}.tw")
     with stages(seconds) as progress:
-        artifact = compile_model(model, target, target_path, max_tokens=max_tokens, self_check=self_check, progress=progress)
+        artifact = compile_model(
+            model,
+            target,
+            target_path,
+            max_tokens=max_tokens,
+            sparse=sparse,
+            self_check=self_check,
+            debug_dump=debug_dump,
+            progress=progress,
+        )
     result = report(artifact.path) | {"seconds": seconds}
     if as_json:
         print_json(result)

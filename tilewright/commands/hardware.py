@@ -100,7 +100,7 @@ def _predict(
             {
                 "block": block_name(row.block),
                 "sparsity": row.sparsity,
-                "stored": f"{row.stored.family} {block_name(row.stored.block)}",
+                "stored": " / ".join(dict.fromkeys(f"{s.family} {block_name(s.block)}" for s in row.stored.values())),
                 "microseconds": dict(row.kernels),
                 "milliseconds": row.milliseconds,
                 "speedup": dense.milliseconds / row.milliseconds,
@@ -136,15 +136,13 @@ def _print(result: dict[str, Any], model: Path | None) -> None:
 
 def _print_break_even(result: dict[str, Any]) -> None:
     """Of the levels that the CPU has and that have rates."""
-    from tilewright.codegen.block_sparse import MIN_SPARSITY
-
     levels = [level for level in result["levels"] if level["break_even"] and not level["missing"]]
     if not levels:
         return
     sizes = result["break_even_for"]
     stdout().print(
-        f"Zero blocks from which sparse linears take less time than dense, hidden {sizes['hidden']}, "
-        f"feed-forward {sizes['intermediate']} (below {MIN_SPARSITY:.0%} they are computed as dense):"
+        f"Zero blocks from which all linears of a layer are stored sparse, hidden {sizes['hidden']}, "
+        f"feed-forward {sizes['intermediate']}; with fewer, those that would take longer than dense are computed as dense:"
     )
     grid = table("ISA level", *levels[0]["break_even"])
     for level in levels:

@@ -32,13 +32,13 @@ def inspect(
         return
     from tilewright import frontend
     from tilewright.cpu import cpu_features
-    from tilewright.schedules.blocks import plan
-    from tilewright.schedules.isa import resolve
+    from tilewright.schedules.choice import plan
+    from tilewright.schedules.isa import known_cpu, resolve
 
     isa = resolve(target, cpu_features())
     loaded = frontend.load(model, self_check)
     report = frontend.report(loaded)
-    plans = [linear for layer in plan(loaded, isa).layers for linear in _per_linear(layer)]
+    plans = [linear for layer in plan(loaded, isa, known_cpu(target)).layers for linear in _per_linear(layer)]
     if as_json:
         print_json(_as_json(model, isa.name, report, plans))
     else:
@@ -91,7 +91,11 @@ def _as_json(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]
                 "density": linear.density,
                 "block_density": {block_name(block): density for block, density in linear.block_density.items()},
                 "block": linear.block and list(linear.block),
-                "kernel": {"family": plan.family, "block": plan.block and list(plan.block), "note": plan.reason},
+                "kernel": {
+                    "family": plan.decisions.family,
+                    "block": plan.decisions.block and list(plan.decisions.block),
+                    "note": plan.reason,
+                },
             }
             for linear, plan in zip(report.linears, plans, strict=True)
         ],
@@ -115,13 +119,13 @@ def _print(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) 
         grid.add_row(
             linear.name.removeprefix(prefix),
             block_name(linear.block),
-            f"{plan.family} {block_name(plan.block)}",
+            f"{plan.decisions.family} {block_name(plan.decisions.block)}",
             "x".join(map(str, linear.shape)),
             _percent(linear.density),
             *(_percent(linear.block_density[shape]) for shape in shapes),
         )
     console.print(grid)
-    sparse = sum(plan.block is not None for plan in plans)
+    sparse = sum(plan.decisions.block is not None for plan in plans)
     console.print(
         f"{sparse} of {len(plans)} linears would run sparse on {isa}; columns such as 4x1 give the share of non-zero blocks"
     )
