@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import BlockSparseMatrix
-from tilewright.codegen.decisions import LinearDecisions
+from tilewright.codegen.decisions import Family, LinearDecisions
 from tilewright.codegen.formats import GROUP
 from tilewright.codegen.kernels.linear import INDEX_BYTES
 from tilewright.codegen.tiles import TILE
@@ -66,10 +67,11 @@ def pack_linear(made: LinearDecisions, weight: NDArray[np.int8]) -> PackedLinear
     row_blocks = n // made.row_block
     if row_blocks > np.iinfo(np.uint16).max:
         raise UnsupportedModel(f"linear {n}x{k}: {row_blocks} row-blocks are more than 16 bits count; compile it as dense")
-    return _PACKERS[made.family](made, matrix)
+    return PACKERS[made.family](made, matrix)
 
 
-def _index(values: NDArray[np.integer], matrix: BlockSparseMatrix) -> NDArray[np.uint16]:
+def as_index(values: NDArray[np.integer], matrix: BlockSparseMatrix) -> NDArray[np.uint16]:
+    """`values` in 16 bits; raises UnsupportedModel if they do not fit."""
     if values.max(initial=0) > np.iinfo(np.uint16).max:
         n, k = matrix.shape
         raise UnsupportedModel(f"linear {n}x{k}: {k} inputs are more than a 16-bit index reaches; compile it as dense")
@@ -81,34 +83,34 @@ def _pack_row(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     pack = made.operands.pack
     bn, bk = matrix.block
     weight = matrix.data.reshape(-1, bn, bk // pack, pack).transpose(0, 2, 1, 3)
-    index, indptr = _index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, index), indptr)
+    index, indptr = as_index(matrix.indices, matrix), matrix.indptr.astype(np.int32)
+    return PackedLinear(matrix.data.size, *never_empty(weight, index), indptr)
 
 
 def _pack_column(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [parts, bn, bk / pack, pack], a block as it is for each partial sum; a row-block's last is filled with zeros."""
     pack = made.operands.pack
     bn, bk = matrix.block
-    weight, index, indptr = _in_entries(matrix, made.partial_sums)
+    weight, index, indptr = in_entries(matrix, made.partial_sums)
     weight = weight.reshape(*index.shape, bn, bk // pack, pack).astype(made.operands.weight)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix)), indptr, made.rows_at_once)
+    return PackedLinear(matrix.data.size, *never_empty(weight, as_index(index, matrix)), indptr, made.rows_at_once)
 
 
 def _pack_gather(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [bn, pack] of `pack` non-zero columns each; the last entry of a row-block is filled with zero weights."""
-    weight, index, indptr = _in_entries(matrix, made.operands.pack)
+    weight, index, indptr = in_entries(matrix, made.operands.pack)
     index *= GROUP * np.dtype(made.operands.activation).itemsize // INDEX_BYTES
     weight = weight[..., 0].transpose(0, 2, 1).astype(made.operands.weight)
-    return PackedLinear(matrix.data.size, *_never_empty(weight, _index(index, matrix)), indptr)
+    return PackedLinear(matrix.data.size, *never_empty(weight, as_index(index, matrix)), indptr)
 
 
 def _pack_tile_column(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
     """Entries [bn, 16, pack] of 16 blocks each; the last entry of a row-block is filled with zero weights."""
-    weight, index, indptr = _in_entries(matrix, TILE)
-    return PackedLinear(matrix.data.size, *_never_empty(weight.transpose(0, 2, 1, 3), _index(index, matrix)), indptr)
+    weight, index, indptr = in_entries(matrix, TILE)
+    return PackedLinear(matrix.data.size, *never_empty(weight.transpose(0, 2, 1, 3), as_index(index, matrix)), indptr)
 
 
-def _in_entries(matrix: BlockSparseMatrix, size: int) -> tuple[NDArray[np.int8], NDArray[np.int64], NDArray[np.int32]]:
+def in_entries(matrix: BlockSparseMatrix, size: int) -> tuple[NDArray[np.int8], NDArray[np.int64], NDArray[np.int32]]:
     """Each row-block's blocks in entries of `size`, the last filled with zeros: [Z, size, bn, bk], index [Z, size], indptr."""
     counts = np.diff(matrix.indptr)
     indptr = np.concatenate([[0], np.cumsum(-(-counts // size))])
@@ -121,10 +123,16 @@ def _in_entries(matrix: BlockSparseMatrix, size: int) -> tuple[NDArray[np.int8],
     return weight.reshape(-1, size, *matrix.block), index.reshape(-1, size), indptr.astype(np.int32)
 
 
-_PACKERS = {"row": _pack_row, "column": _pack_column, "gather": _pack_gather, "tile_column": _pack_tile_column}
+PACKERS: dict[Family, Callable[[LinearDecisions, BlockSparseMatrix], PackedLinear]] = {
+    "row": _pack_row,
+    "column": _pack_column,
+    "gather": _pack_gather,
+    "tile_column": _pack_tile_column,
+}
+"""Family to what packs a sparse matrix for it."""
 
 
-def _never_empty(weight: Array, index: Array) -> tuple[Array, Array]:
+def never_empty(weight: Array, index: Array) -> tuple[Array, Array]:
     """One entry that no kernel reads where a matrix has none: an empty array has no address to pass."""
     if len(index):
         return np.ascontiguousarray(weight), index

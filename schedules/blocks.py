@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tilewright.codegen.block_sparse import BLOCKS
-from tilewright.codegen.decisions import Block, Storage
+from tilewright.codegen.decisions import Block, Family, Storage
 from tilewright.codegen.tiles import TILE
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.intrinsics import IntrinSpec, find_intrinsic
@@ -43,15 +45,40 @@ def product(storage: Storage, isa: Isa) -> IntrinSpec | None:
 
 def legal(storage: Storage, isa: Isa) -> bool:
     """Whether the level can compute with a matrix stored so."""
-    family, pack = storage.family, isa.operands.pack
-    if storage.block is None:
-        return family == "row" or (family == "tile_row" and isa.tiles)
-    outputs, inputs = storage.block
-    if family == "tile_column":
-        return isa.tiles and outputs % TILE == 0 and inputs == pack
+    return LEGAL[storage.family](storage, isa)
+
+
+def _row(storage: Storage, isa: Isa) -> bool:
     dot = product(storage, isa)
-    if dot is None:
+    if dot is None or storage.block is None:
+        return dot is not None
+    outputs, inputs = storage.block
+    return outputs % dot.lanes == 0 and inputs % isa.operands.pack == 0
+
+
+def _column(storage: Storage, isa: Isa) -> bool:
+    return storage.block is not None and product(storage, isa) is not None and storage.block[1] % isa.operands.pack == 0
+
+
+def _gather(storage: Storage, isa: Isa) -> bool:
+    return storage.block is not None and product(storage, isa) is not None and storage.block[1] == 1
+
+
+def _tile_row(storage: Storage, isa: Isa) -> bool:
+    return storage.block is None and isa.tiles
+
+
+def _tile_column(storage: Storage, isa: Isa) -> bool:
+    if storage.block is None or not isa.tiles:
         return False
-    if family == "row":
-        return outputs % dot.lanes == 0 and inputs % pack == 0
-    return inputs % pack == 0 if family == "column" else inputs == 1
+    return storage.block[0] % TILE == 0 and storage.block[1] == isa.operands.pack
+
+
+LEGAL: dict[Family, Callable[[Storage, Isa], bool]] = {
+    "row": _row,
+    "column": _column,
+    "gather": _gather,
+    "tile_row": _tile_row,
+    "tile_column": _tile_column,
+}
+"""Family to what it asks of a block and an ISA level."""

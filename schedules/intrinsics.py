@@ -51,7 +51,7 @@ class IntrinSpec:
     @property
     def name(self) -> str:
         """The registered name."""
-        short = {"int8": "s8", "uint8": "u8", "int16": "s16"}
+        short = {"int8": "s8", "uint8": "u8", "int16": "s16", "int32": "s32"}
         vector, scalar = short[self.vector], short[self.scalar]
         if self.form == "tokens":
             return f"tw.dot_{vector}{scalar}s32_{self.lanes}x1x{self.pack}.{self.isa}"

@@ -44,10 +44,10 @@ def outputs_intrinsic(isa: str, operands: Operands) -> IntrinSpec:
 
 
 OUTER = 2
-"""Loops that `_outer` leaves around a tile of accumulators."""
+"""Loops that `outer_loops` leaves around a tile of accumulators."""
 
 
-def _outer(sch: Schedule, groups: Any, blocks: Any, chunks: int) -> Any:
+def outer_loops(sch: Schedule, groups: Any, blocks: Any, chunks: int) -> Any:
     """Split the row-blocks into chunks and run (chunk, tile) in parallel; returns the loop over a chunk's row-blocks."""
     chunk, inner = sch.split(blocks, [chunks, None])
     sch.reorder(chunk, groups, inner)
@@ -56,7 +56,7 @@ def _outer(sch: Schedule, groups: Any, blocks: Any, chunks: int) -> Any:
     return inner
 
 
-def _fuse_scatter(sch: Schedule, tile: int, loop: Any) -> None:
+def fuse_scatter(sch: Schedule, tile: int, loop: Any) -> None:
     """Attach the second block of an epilogue that has one, which stores what the first quantised, at `loop`."""
     scatter = block_name("scatter", tile)
     if has_block(sch, scatter):
@@ -77,7 +77,7 @@ def _schedule_tokens(sch: Schedule, spec: KernelSpec, tile: int) -> None:
     rows = made.rows_at_once
     outer, unrolled = ([ni], []) if rows > 1 else ([], [ni])  # row-blocks have entries of their own
     sch.reorder(q, nb, *outer, e, *packs, *unrolled, j, t)
-    inner = _outer(sch, q, nb, made.chunks)
+    inner = outer_loops(sch, q, nb, made.chunks)
     for total in totals:
         sch.reverse_compute_at(total, outer[-1] if outer else inner)
     if has_block(sch, block_name("order", tile)):
@@ -86,7 +86,7 @@ def _schedule_tokens(sch: Schedule, spec: KernelSpec, tile: int) -> None:
         for loop in sch.get_loops(order)[OUTER:]:
             sch.unroll(loop)
     sch.reverse_compute_at(epilogue, inner)
-    _fuse_scatter(sch, tile, inner)
+    fuse_scatter(sch, tile, inner)
     if made.family == "gather":
         sch.compute_at(sch.get_sblock(block_name("gather", tile)), e)
     sch.annotate(e, SPARSE_AXIS, rows)
@@ -108,10 +108,10 @@ def _schedule_tiles(sch: Schedule, spec: KernelSpec, _: int) -> None:
     product = sch.get_sblock("product")
     epilogue = sch.get_sblock("epilogue")
     p, nb = sch.get_loops(product)
-    inner = _outer(sch, p, nb, spec.linear.chunks)
+    inner = outer_loops(sch, p, nb, spec.linear.chunks)
     sch.annotate(sch.get_loops(product)[0], TILE_TASKS, tile_quads(spec))
     sch.reverse_compute_at(epilogue, inner)
-    _fuse_scatter(sch, 1, inner)
+    fuse_scatter(sch, 1, inner)
     outputs, lane = sch.split(sch.get_loops(epilogue)[-1], [None, outputs_intrinsic(spec.isa, spec.linear.operands).lanes])
     sch.unroll(outputs)
     sch.vectorize(lane)
@@ -130,9 +130,9 @@ def _schedule_row(sch: Schedule, spec: KernelSpec, _: int) -> None:
     outer, rows = sch.split(t, [None, made.rows])
     vectors, lane = sch.split(ni, [None, lanes])
     sch.reorder(g, nb, outer, e, kp, rows, vectors, lane, ki)
-    _outer(sch, g, nb, made.chunks)
+    outer_loops(sch, g, nb, made.chunks)
     sch.reverse_compute_at(epilogue, outer)
-    _fuse_scatter(sch, 1, outer)
+    fuse_scatter(sch, 1, outer)
     sch.annotate(e, SPARSE_AXIS, 1)
     init = sch.decompose_reduction(product, e)
     sch.tensorize(lane, dot.name)

@@ -1,4 +1,4 @@
-"""The documented example of adding a block shape, run as it stands in the document."""
+"""The documented examples of adding to the code generator, run as they stand in the document."""
 
 from __future__ import annotations
 
@@ -6,30 +6,46 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tilewright
 from tests import oracle, tiny
+from tests.kernel_harness import LinearKernel, from_groups, product, runs_here
 from tilewright import frontend
 from tilewright.codegen.block_sparse import BLOCKS
-from tilewright.codegen.decisions import Storage
+from tilewright.codegen.decisions import FAMILY_LANES, FAMILY_LAYOUT, Storage
+from tilewright.codegen.epilogues import Raw
+from tilewright.codegen.kernels.linear import PRODUCTS, WEIGHTS
 from tilewright.codegen.model import EncoderModel, Linear
+from tilewright.codegen.packing import PACKERS
 from tilewright.errors import ScheduleMismatch
 from tilewright.pipeline.checkpoint import write_checkpoint
 from tilewright.pipeline.quantize import quantize
-from tilewright.schedules.blocks import register_block
+from tilewright.schedules.blocks import LEGAL, register_block
+from tilewright.schedules.families import FamilyEntry, register_family
+from tilewright.schedules.intrinsics import INTRINSICS
+from tilewright.schedules.linear import FAMILY_RULES
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "extending.md"
+TABLES = (BLOCKS, FAMILY_LAYOUT, FAMILY_LANES, WEIGHTS, PRODUCTS, PACKERS, FAMILY_RULES, LEGAL, INTRINSICS)
+
+
+def code(section: str) -> str:
+    """The program of a section of the document."""
+    (found,) = re.findall(rf"^## {section}\n.*?```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+    return found
 
 
 @pytest.fixture
 def untouched_tables() -> Iterator[None]:
-    blocks = dict(BLOCKS)
+    before = [dict(table) for table in TABLES]
     yield
-    BLOCKS.clear()
-    BLOCKS.update(blocks)
+    for table, entries in zip(TABLES, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 def pruned(model: EncoderModel, block: tuple[int, int]) -> EncoderModel:
@@ -49,20 +65,54 @@ def pruned(model: EncoderModel, block: tuple[int, int]) -> EncoderModel:
     return replace(model, layers=tuple(layers))
 
 
-@pytest.mark.usefixtures("untouched_tables")
-def test_the_documented_example(tmp_path: Path) -> None:
-    source = tiny.save(tiny.build("DistilBertForQuestionAnswering"), tmp_path / "float")
-    model = pruned(frontend.load(quantize(source, tiny.texts(8), tmp_path / "int8")), (2, 8))
-    checkpoint, output = tmp_path / "pruned", tmp_path / "model.tw"
-    checkpoint.mkdir()
-    write_checkpoint(model, checkpoint)
-    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    exec(code, {"checkpoint": checkpoint, "output": output})
+def checkpoint(directory: Path, block: tuple[int, int]) -> Path:
+    """A quantised model whose linears are pruned to `block`."""
+    source = tiny.save(tiny.build("DistilBertForQuestionAnswering"), directory / "float")
+    model = pruned(frontend.load(quantize(source, tiny.texts(8), directory / "int8")), block)
+    (directory / "pruned").mkdir()
+    write_checkpoint(model, directory / "pruned")
+    return directory / "pruned"
 
+
+@pytest.mark.usefixtures("untouched_tables")
+@pytest.mark.parametrize(("section", "block"), [("A block shape", (2, 8)), ("A family of kernels", (2, 1))])
+def test_models_of_a_documented_addition_compute_what_they_should(tmp_path: Path, section: str, block: tuple[int, int]) -> None:
+    source, output = checkpoint(tmp_path, block), tmp_path / "model.tw"
+    exec(code(section), {"checkpoint": source, "output": output})
+    if not runs_here("avx2"):
+        return
     sequences = tiny.sequences(5, 17, 30)
     engine = tilewright.load(output, num_threads=1)
-    for ids, expected in zip(sequences, oracle.forward(frontend.load(checkpoint), sequences), strict=True):
+    for ids, expected in zip(sequences, oracle.forward(frontend.load(source), sequences), strict=True):
         np.testing.assert_allclose(engine(input_ids=ids[None])["start_logits"][0], expected["start_logits"], atol=1e-3)
+
+
+@pytest.mark.usefixtures("untouched_tables")
+def test_the_documented_operands_give_exact_sums() -> None:
+    names: dict[str, Any] = {}
+    exec(code("A way to store operands"), names)
+    kernel, random = LinearKernel(names["spec"], Raw()), np.random.default_rng(0)
+    mask = np.kron(random.random((24, 16)) < 0.5, np.ones((4, 4), int))
+    weight = (random.integers(-127, 128, (96, 64)) * mask).astype(np.int8)
+    x, zeros = random.integers(0, 256, (48, 64)), np.zeros(96, np.float32)
+    inputs = kernel.arrays(x, weight, fold=np.zeros(96, np.int32), scale=zeros, bias=zeros)
+    found = kernel(inputs, {"sums": (3, 96, 16)})["sums"]
+    np.testing.assert_array_equal(from_groups(found, "columns"), product(x, weight))
+
+
+def test_the_documented_decision_is_compiled(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"checkpoint": checkpoint(tmp_path, (4, 1)), "output": tmp_path / "model.so"}
+    exec(code("Other decisions"), names)
+    assert (tmp_path / "model.so").read_bytes()[:4] == b"\x7fELF"
+    chunks = {report.name: report.spec.linear.chunks for report in names["lowered"].kernels}
+    assert chunks["layer0.up"] == 1 < chunks["layer0.qkv"]
+
+
+@pytest.mark.usefixtures("untouched_tables")
+def test_a_family_has_one_name() -> None:
+    entry = FamilyEntry("columns", "columns", *[lambda *_: None] * 5)
+    with pytest.raises(ScheduleMismatch, match="there is a family 'row' already"):
+        register_family("row", entry)
 
 
 @pytest.mark.usefixtures("untouched_tables")

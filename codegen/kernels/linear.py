@@ -7,7 +7,7 @@ Reads of `index` and `indptr` are left out of the product's declared reads: tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import tvm
 from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
-from tilewright.codegen.decisions import FAMILY_LANES, LinearDecisions
+from tilewright.codegen.decisions import FAMILY_LANES, Family, LinearDecisions
 from tilewright.codegen.epilogues import Epilogue, Raw
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, stage, store
 from tilewright.codegen.kernels.epilogue import EPILOGUES, orders_bytes
@@ -58,7 +58,7 @@ def linear(spec: KernelSpec, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
         made, groups = spec.linear, tirx.Var("G", "int32")
         lanes, width = FAMILY_LANES[made.family], made.row_block * made.rows_at_once
         x = arg("x", made.input.shape(groups, spec.k), made.input.dtype)
-        weights = _WEIGHTS[made.family](spec)
+        weights = WEIGHTS[made.family](spec)
         fold = arg("fold", [spec.n], "int32")
         scale = arg("scale", [spec.n], "float32")
         bias = arg("bias", [spec.n], "float32")
@@ -68,7 +68,7 @@ def linear(spec: KernelSpec, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
                 order = ("q", "t", "nb", "ni") if lanes == "rows" else ("q", "nb", "ni", "j", "t")
                 mixed = made.family == "gather" and tile == made.operands.pack == 4 and orders_bytes(epilogue, tile)
                 nest = Nest(tile, first, count, {name: extents[name] for name in order}, mixed)
-                sums = _PRODUCTS[made.family](spec, nest, x, weights)
+                sums = PRODUCTS[made.family](spec, nest, x, weights)
 
                 def integer(axis: dict[str, Expr], nest: Nest = nest, sums: Value = sums) -> Expr:
                     return sums(axis) + fold[nest.output(axis)]
@@ -101,13 +101,13 @@ def _weights_row(spec: KernelSpec) -> Weights:
     pack, width = made.operands.pack, made.row_block
     if made.block is None:
         return Weights(arg("weight", [spec.n // width, spec.k // pack, 1, width, pack], "int8"))
-    return _sparse_args(spec, [made.block[1] // pack, width, pack], [], "int8")
+    return sparse_args(spec, [made.block[1] // pack, width, pack], [], "int8")
 
 
 def _weights_gather(spec: KernelSpec) -> Weights:
     """weight[entries, bn, pack] and index u16[entries, pack]."""
     held = spec.linear.operands
-    return _sparse_args(spec, [spec.linear.row_block, held.pack], [held.pack], held.weight)
+    return sparse_args(spec, [spec.linear.row_block, held.pack], [held.pack], held.weight)
 
 
 def _weights_column(spec: KernelSpec) -> Weights:
@@ -115,35 +115,37 @@ def _weights_column(spec: KernelSpec) -> Weights:
     made = spec.linear
     assert made.block is not None
     pack, parts, (width, inner) = made.operands.pack, made.partial_sums, made.block
-    return _sparse_args(spec, [parts, width, inner // pack, pack], [parts], made.operands.weight)
+    return sparse_args(spec, [parts, width, inner // pack, pack], [parts], made.operands.weight)
 
 
 def _weights_tile_column(spec: KernelSpec) -> Weights:
     """weight s8[entries, bn, 16, 4] and index u16[entries, 16]: 16 blocks are one entry."""
-    return _sparse_args(spec, [spec.linear.row_block, TILE, spec.linear.operands.pack], [TILE], "int8")
+    return sparse_args(spec, [spec.linear.row_block, TILE, spec.linear.operands.pack], [TILE], "int8")
 
 
-_WEIGHTS = {
+WEIGHTS: dict[Family, Callable[[KernelSpec], Weights]] = {
     "row": _weights_row,
     "column": _weights_column,
     "gather": _weights_gather,
     "tile_row": _weights_row,
     "tile_column": _weights_tile_column,
 }
+"""Family to what declares the arguments that hold a matrix."""
 
 
-def _accumulators(nest: Nest, name: str = "acc") -> Any:
+def accumulators(nest: Nest, name: str = "acc") -> Any:
     """A buffer of the nest's axes."""
     return scratch(nest.block(name), list(nest.axes.values()), "int32")
 
 
-def _in_order(nest: Nest, buffer: Any) -> Value:
+def as_summed(nest: Nest, buffer: Any) -> Value:
+    """The value of an accumulator in `buffer`, which has the nest's axes."""
     return lambda axis: buffer[tuple(axis[name] for name in nest.axes)]
 
 
 def _product_row(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
     """acc[q, t, nb, ni]: weights are vectors of outputs."""
-    acc = _accumulators(nest)
+    acc = accumulators(nest)
     made, weight = spec.linear, weights.weight
     pack = made.operands.pack
     inner = pack if made.block is None else made.block[1]
@@ -156,8 +158,8 @@ def _product_row(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Valu
             entry = weights.entry(nb, e)
             left = x[g, t, T.cast(weights.index[entry], "int32") * inner + kp * pack + ki]
             right = weight[entry, kp, ni, ki]
-        _multiply_add(acc, [q, t, nb, ni], left, right)
-    return _in_order(nest, acc)
+        multiply_add(acc, [q, t, nb, ni], left, right)
+    return as_summed(nest, acc)
 
 
 def _product_gather(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
@@ -166,7 +168,7 @@ def _product_gather(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> V
     Rows are interleaved as whole vectors, because a row is chosen at run time and tensorize matches no buffer region that is.
     """
     pack, stored, tile = spec.linear.operands.pack, spec.linear.operands.activation, nest.tile
-    tokens, axes, index, acc = tile * GROUP, nest.axes, weights.index, _accumulators(nest)
+    tokens, axes, index, acc = tile * GROUP, nest.axes, weights.index, accumulators(nest)
     entries = -(-spec.k // pack)
     gathered = scratch(nest.block("gathered"), [axes["q"], axes["nb"], entries, tile, GROUP, pack], stored)
     # the unit axes j, t and p carry the written region, which compute_at has to find in terms of axes
@@ -181,18 +183,18 @@ def _product_gather(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> V
         for part, vector in enumerate(interleave(rows, pack, tile)):
             store(gathered, vector, [q, nb, e, part, 0, tirx.Ramp(0, 1, GROUP * pack)])
     with stage(nest.block("product"), axes, {"e": entries, "ki": pack}) as (q, nb, ni, j, t, e, ki):
-        _multiply_add(acc, [q, nb, ni, j, t], gathered[q, nb, e, j, t, ki], weights.weight[weights.entry(nb, e), ni, ki])
+        multiply_add(acc, [q, nb, ni, j, t], gathered[q, nb, e, j, t, ki], weights.weight[weights.entry(nb, e), ni, ki])
 
     if nest.mixed:
-        return _in_order(nest, acc)
-    ordered = _accumulators(nest, "ordered")
+        return as_summed(nest, acc)
+    ordered = accumulators(nest, "ordered")
     with stage(nest.block("order"), {"q": axes["q"], "nb": axes["nb"], "ni": axes["ni"], "j": 1, "t": 1}) as (q, nb, ni, j, t):
         T.reads(acc[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         T.writes(ordered[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         sums = [acc.vload([q, nb, ni, part, 0], f"int32x{GROUP}") for part in range(tile)]
         for part, vector in enumerate(in_order(sums, pack, tile)):
             store(ordered, vector, [q, nb, ni, part, tirx.Ramp(0, 1, GROUP)])
-    return _in_order(nest, ordered)
+    return as_summed(nest, ordered)
 
 
 def _product_column(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
@@ -200,14 +202,14 @@ def _product_column(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> V
     made = spec.linear
     assert made.block is not None
     pack, parts, inner = made.operands.pack, made.partial_sums, made.block[1]
-    packs, rows, acc = inner // pack, made.rows_at_once, _accumulators(nest)
+    packs, rows, acc = inner // pack, made.rows_at_once, accumulators(nest)
     reduced = {"e": -(-spec.k // inner // parts), "p": parts, "kp": packs, "ki": pack}
     with stage(nest.block("product"), nest.axes, reduced) as (q, nb, ni, j, t, e, p, kp, ki):
         row, n = (nb, ni) if rows == 1 else (nb * rows + ni, 0)
         entry = weights.entry(row, e)
         left = x[nest.group({"q": q, "j": j}), T.cast(weights.index[entry, p], "int32") * packs + kp, t, ki]
-        _multiply_add(acc, [q, nb, ni, j, t], left, weights.weight[entry, p, n, kp, ki])
-    return _in_order(nest, acc)
+        multiply_add(acc, [q, nb, ni, j, t], left, weights.weight[entry, p, n, kp, ki])
+    return as_summed(nest, acc)
 
 
 def _product_tiles(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Value:
@@ -217,7 +219,7 @@ def _product_tiles(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> Va
     return lambda axis: acc[tuple(axis[name] for name in order)]
 
 
-_PRODUCTS = {
+PRODUCTS: dict[Family, Callable[[KernelSpec, Nest, Any, Weights], Value]] = {
     "row": _product_row,
     "column": _product_column,
     "gather": _product_gather,
@@ -227,7 +229,7 @@ _PRODUCTS = {
 """Family to what emits the blocks of a nest that sum its products."""
 
 
-def _sparse_args(spec: KernelSpec, entry: list[int], index: list[int], dtype: str) -> Weights:
+def sparse_args(spec: KernelSpec, entry: list[int], index: list[int], dtype: str) -> Weights:
     """Declare weight[Z, *entry], index u16[Z, *index], indptr i32[N / bn + 1] and parts; Z is the number of stored entries."""
     stored = tirx.Var("Z", "int32")
     weights = Weights(
@@ -239,7 +241,7 @@ def _sparse_args(spec: KernelSpec, entry: list[int], index: list[int], dtype: st
     return weights
 
 
-def _multiply_add(acc: Any, indices: list[Expr], left: Expr, right: Expr) -> None:
+def multiply_add(acc: Any, indices: list[Expr], left: Expr, right: Expr) -> None:
     """acc[indices] += i32(left) * i32(right), reads declared as [left, right] only."""
     T.reads(left, right)
     T.writes(acc[tuple(indices)])

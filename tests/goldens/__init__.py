@@ -1,6 +1,6 @@
 """What schedules make of a few kernels, as text beside this file: a change of it is a decision, not an accident.
 
-    python -m tests.goldens        # renews the texts; look at `git diff` before committing
+python -m tests.goldens        # renews the texts; look at `git diff` before committing
 """
 
 from __future__ import annotations
