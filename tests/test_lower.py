@@ -17,6 +17,7 @@ from tilewright.codegen.build import build
 from tilewright.codegen.decisions import Storage
 from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Quantization
+from tilewright.codegen.passes import FINAL, LOWERING, PROGRAM, dump
 from tilewright.codegen.plan import LinearPlan
 from tilewright.codegen.workload import ATTRIBUTE, KernelSpec
 from tilewright.errors import InvalidModel, ScheduleMismatch, UnsupportedModel
@@ -237,3 +238,19 @@ def test_levels_that_cannot_run_here_build(bert: EncoderModel, isa: str, tmp_pat
     made = lower(bert, mixed)
     build(apply(made.module, made.specs), ISAS[isa].target(), tmp_path / "model.so")
     assert (tmp_path / "model.so").read_bytes()[:4] == b"\x7fELF"
+
+
+def test_the_module_is_dumped_after_each_pass(bert: EncoderModel, tmp_path: Path) -> None:
+    made = lowered(bert)
+    with dump(tmp_path / "dump"):
+        build(apply(made.module, made.specs), ISAS["avx2"].target(), tmp_path / "model.so")
+    names = [path.name for path in sorted((tmp_path / "dump").iterdir())]
+    assert [int(name[:3]) for name in names] == list(range(len(names)))
+    assert names[:4] == [
+        "000_scheduled.py", "001_tilewright.trim.py", "002_tilewright.configure_tiles.py", "003_tilewright.steal_tasks.py",
+    ]  # fmt: skip
+    passes = {name[4:].removesuffix(".py") for name in names}
+    assert {str(each.info.name).replace("/", "_") for each in (*PROGRAM, *LOWERING, *FINAL)} <= passes
+    assert "def qkv" in (tmp_path / "dump" / names[0]).read_text()
+    with dump(None):
+        apply(made.module, made.specs)
