@@ -70,7 +70,8 @@ def check_model(
     attention and feed-forward network of each. outputs: those of the source's outputs that the model has, by name.
     """
     ours: dict[str, Array] = {}
-    results = forward(model, probe.sequences(probe.ids), probe.sequences(probe.types), observe=ours.__setitem__)
+    with np.errstate(all="ignore"):  # what is not finite differs, and is refused for that
+        results = forward(model, probe.sequences(probe.ids), probe.sequences(probe.types), observe=ours.__setitem__)
     names = list(ours) if len(stream) == len(ours) else list(ours)[::2]
     for name, values in zip(names, stream, strict=True):
         _check(name, ours[name], probe.joined(values), remedy)

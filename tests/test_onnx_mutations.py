@@ -1,0 +1,41 @@
+"""Mutated ONNX graphs end in an equal answer or a TilewrightError; `tests/fuzz.py` runs many more."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests import fuzz, fuzz_onnx
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return fuzz_onnx.bases(tmp_path_factory.mktemp("bases"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(random=st.randoms(use_true_random=True))
+def test_mutations_are_answered_right_or_refused(bases: list[Path], random: Random) -> None:
+    base = random.choice(bases)
+    path = base.parent / "mutated.onnx"
+    path.write_bytes(fuzz_onnx.mutated(base, random))
+    assert fuzz_onnx.judge(path) in ("answered", "refused", "unjudged")
+
+
+def test_unmutated_graphs_are_answered(bases: list[Path]) -> None:
+    assert {fuzz_onnx.judge(base) for base in bases} == {"answered"}
+
+
+def test_a_wrong_answer_is_told(bases: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    other = fuzz_onnx.load(bases[0])
+    monkeypatch.setattr(fuzz_onnx, "load", lambda path: other)
+    with pytest.raises(AssertionError):
+        fuzz_onnx.judge(bases[1])
+
+
+def test_fuzz_counts_cases() -> None:
+    result = fuzz.fuzz("onnx", 0, 3)
+    assert sum(result.counts.values()) == 3
+    assert not result.failures
