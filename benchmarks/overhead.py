@@ -46,7 +46,7 @@ def hollow(source: Path, whole: Engine, artifact: Path, library: Path) -> Engine
     }
     build(tvm.IRModule(emptied, attrs=module.attrs), level.target(), library)
     _, weights = open_artifact(artifact)
-    executable = Executable(library, [weights[tensor] for tensor in whole.level.parameters.values()])
+    executable = Executable(library, [weights[each.tensor] for each in whole.level.parameters.values()])
     return Engine(whole.manifest, whole.level, executable, None, num_threads=1)
 
 

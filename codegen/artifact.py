@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,12 @@ from numpy.typing import NDArray
 from tilewright.artifact import sha256
 from tilewright.errors import InvalidInput
 from tilewright.manifest import MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from tilewright.scratch import scratch
 from tilewright.weights import write_weights
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # fcntl.h, linux/fs.h
+_ATTEMPTS = 100
+"""How often writers of one path may get in each other's way before one of them gives up."""
 
 
 def write_artifact(
@@ -67,22 +73,39 @@ def check_output(path: str | Path, *, overwrite: bool = True) -> Path:
 def _replacing(target: Path) -> Iterator[Path]:
     """A fresh directory beside `target` that takes its place if the block succeeds and is removed if not."""
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise InvalidInput(f"cannot write {target}: {error.strerror}; choose another output") from None
-    new, old = scratch / "new", scratch / "old"
-    try:
-        new.mkdir()  # with the user's umask, unlike mkdtemp
-        yield new
-        try:
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
+        # a dot and a suffix of its own keep what is swept apart from other people's files
+        with scratch(target.parent, f".{target.name}.writing-") as place:
+            new = place / "new"
+            new.mkdir()  # with the user's umask, which the scratch directory does not follow
+            yield new
+            _put(new, target)
     except OSError as error:
         raise InvalidInput(f"cannot write {target}: {error.strerror or error}; choose another output") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(new: Path, target: Path) -> None:
+    """Move the directory `new` to `target` in one step, with what was there, if anything, left in its place.
+
+    At no moment is there nothing at `target`: whoever opens it finds the old artifact or the new one.
+    """
+    for flags in (_NOREPLACE, _EXCHANGE) * _ATTEMPTS:
+        failure = _rename(new, target, flags)
+        if failure == 0:
+            return
+        # another writer was faster, or its artifact was removed meanwhile
+        if failure not in (errno.EEXIST, errno.ENOENT):
+            break
+    if failure not in (errno.EINVAL, errno.ENOSYS):  # what file systems say that cannot exchange
+        raise OSError(failure, os.strerror(failure))
+    if target.exists():
+        target.rename(new.with_name("old"))
+    new.rename(target)
+
+
+def _rename(source: Path, target: Path, flags: int) -> int:
+    """renameat2(2) of glibc 2.28, which Python does not have; 0 or an errno."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return errno.ENOSYS
+    done = renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags))
+    return 0 if done == 0 else ctypes.get_errno()

@@ -22,6 +22,7 @@ from tilewright.codegen.plan import LayerPlan, LinearPlan, Plan
 from tilewright.codegen.program import Array, Program, Value
 from tilewright.codegen.workload import KernelSpec, Workload
 from tilewright.errors import InvalidModel, ScheduleMismatch, UnsupportedModel
+from tilewright.manifest import Role
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class KernelReport:
 class Lowered:
     """A module ready for scheduling, by the specs of its kernels.
 
-    `parameters` are in the order of the main function's `params` tuple.
+    `parameters` are in the order of the main function's `params` tuple; `roles` of some.
     """
 
     module: tvm.IRModule
     specs: dict[str, KernelSpec]
     parameters: dict[str, Array]
+    roles: dict[str, Role]
     inputs: tuple[str, ...]
     outputs: tuple[Output, ...]
     kernels: tuple[KernelReport, ...]
@@ -105,7 +107,9 @@ class _Lowering:
         outputs = self._head(stream)
         module = self.program.to_relax(inputs, [output.name for output in outputs], self.max_tokens)
         program, reports = self.program, tuple(self.reports)
-        return Lowered(module, program.specs, program.parameters, tuple(inputs), tuple(outputs), reports, self.max_tokens)
+        return Lowered(
+            module, program.specs, program.parameters, program.roles, tuple(inputs), tuple(outputs), reports, self.max_tokens
+        )
 
     def _consumer(self, layer: int) -> tuple[Format, Quantization] | None:
         """Format and quantisation that encoder layer `layer` wants its input in; None past the last layer."""
@@ -132,7 +136,8 @@ class _Lowering:
         arrays["position"] = tables.position
         if tables.token_type is not None:
             arrays["token_type"] = tables.token_type
-        names = self.program.add_parameters("embeddings", arrays)
+        roles: dict[str, Role] = {"word": "vocab_size", "position": "max_positions", "token_type": "token_types"}
+        names = self.program.add_parameters("embeddings", arrays, {name: roles[name] for name in arrays if name in roles})
         norm, norm_names, results = self._norm("embeddings.norm", tables.norm, self._consumer(0))
         words, hidden = tables.word.shape
         types = 0 if tables.token_type is None else len(tables.token_type)
@@ -242,7 +247,7 @@ class _Lowering:
             spec,
             epilogue,
             lambda: linear(spec, epilogue),
-            [x, *self.program.add_parameters(name, arrays), *extra],
+            [x, *self.program.add_parameters(name, arrays, packed.roles), *extra],
             results,
         )
         workload = Workload("linear", n, k, self.plan.isa, epilogue.label, plan.found, plan.density)

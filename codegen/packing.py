@@ -15,6 +15,7 @@ from tilewright.codegen.kernels.linear import INDEX_BYTES
 from tilewright.codegen.tiles import TILE
 from tilewright.codegen.workload import PARTS
 from tilewright.errors import UnsupportedModel
+from tilewright.manifest import Role
 
 Array = NDArray[np.generic]
 
@@ -48,6 +49,11 @@ class PackedLinear:
         middles: NDArray[np.float64] = (work[1:] + work[:-1]) / 2
         first: NDArray[np.intp] = np.searchsorted(middles, wanted)
         return first.astype(np.uint16)
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Roles of those arguments that kernels use as places in memory."""
+        return {} if self.index is None else {"index": "addresses", "indptr": "addresses", "parts": "addresses"}
 
     def arguments(self) -> dict[str, Array]:
         """Name to array, in the kernel's order."""

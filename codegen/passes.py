@@ -17,6 +17,7 @@ from tvm.ir.instrument import pass_instrument
 from tvm.tirx import register_tir_pipeline
 
 from tilewright.codegen.lowering import small_buffers_on_stack
+from tilewright.codegen.shapes import order_shapes
 from tilewright.codegen.stealing import steal_tasks
 from tilewright.codegen.tiles import configure_tiles
 from tilewright.codegen.trim import trim
@@ -50,6 +51,7 @@ PROGRAM: tuple[Any, ...] = (
     relax.transform.LowerRuntimeBuiltin(),
     relax.transform.ComputePrimValue(),
     relax.transform.VMShapeLower(),
+    _each_kernel(order_shapes),  # of the functions that the pass before has made
     relax.transform.function_pass(trust_parameters, opt_level=0, name="tilewright.trust_parameters"),
     relax.transform.AttachGlobalSymbol(),
 )

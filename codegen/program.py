@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 
 from tilewright.codegen.workload import GROUP, KernelSpec
+from tilewright.manifest import Role
 
 Array = NDArray[np.generic]
 
@@ -39,18 +40,21 @@ class Program:
     """Kernel calls in order. Kernels are shared by identity, so compile time does not grow with a model's depth.
 
     groups: symbolic number of token groups G. ends: symbolic length of offsets, B + 1. specs: of every kernel, by name.
+    roles: of the parameters that are not mere values (see `manifest.Parameter`).
     """
 
     groups: Any = field(default_factory=lambda: tirx.Var("G", "int64"))
     ends: Any = field(default_factory=lambda: tirx.Var("ends", "int64"))
     parameters: dict[str, Array] = field(default_factory=dict)
     specs: dict[str, KernelSpec] = field(default_factory=dict)
+    roles: dict[str, Role] = field(default_factory=dict)
     _kernels: dict[Any, tuple[str, tvm.tirx.PrimFunc]] = field(default_factory=dict)
     _calls: list[Call] = field(default_factory=list)
 
-    def add_parameters(self, prefix: str, arrays: Mapping[str, Array]) -> list[str]:
-        """Add weights under `prefix.name`; returns their full names in order."""
+    def add_parameters(self, prefix: str, arrays: Mapping[str, Array], roles: Mapping[str, Role] | None = None) -> list[str]:
+        """Add weights under `prefix.name`, those in `roles` with a role of their own; returns their full names in order."""
         names = [f"{prefix}.{name}" for name in arrays]
+        self.roles.update({f"{prefix}.{name}": role for name, role in (roles or {}).items()})
         self.parameters.update(zip(names, arrays.values(), strict=True))
         return names
 

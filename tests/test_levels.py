@@ -213,12 +213,12 @@ def test_each_level_has_its_weights_and_equal_ones_are_stored_once(
     for level in levels:
         assert list(level["parameters"]) == list(packed[level["name"]])
         for name, array in packed[level["name"]].items():
-            np.testing.assert_array_equal(stored[level["parameters"][name]], array, strict=True)
+            np.testing.assert_array_equal(stored[level["parameters"][name]["tensor"]], array, strict=True)
     contents = {(a.dtype.str, a.shape, a.tobytes()) for name in LEVELS for a in packed[name].values()}
     assert len(stored) == len(contents)
     floats = [name for name, array in packed["avx2"].items() if array.dtype == np.float32]
-    assert all(len({level["parameters"][name] for level in levels}) == 1 for name in floats)
-    row = [level["parameters"]["layer0.output.weight"] for level in levels]
+    assert all(len({level["parameters"][name]["tensor"] for level in levels}) == 1 for name in floats)
+    row = [level["parameters"]["layer0.output.weight"]["tensor"] for level in levels]
     assert row == ["layer0.output.weight", *["layer0.output.weight@avxvnni"] * 2, "layer0.output.weight@amx"]
 
 

@@ -8,12 +8,13 @@ Also a program: `python -m tests.toy OUT.tw` writes the artifact.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output
+from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output, Parameter
 
 WIDTH = 8
 LIMITS = Limits(vocab_size=100, max_positions=32, max_tokens=64, token_types=2)
@@ -21,13 +22,22 @@ TABLE = np.arange(LIMITS.vocab_size * WIDTH, dtype=np.float32).reshape(-1, WIDTH
 SHIFT = np.arange(3, dtype=np.int8)  # makes the file need a gap before the table; a larger one makes the toy heavy
 PAGE = 4096  # bytes
 
+
+def parameters(shift: int = len(SHIFT)) -> dict[str, Parameter]:
+    """The toy's parameters, with so many elements in the shift."""
+    return {
+        "shift": Parameter("shift", "int8", (shift,)),
+        "table": Parameter("table", "float32", TABLE.shape, "vocab_size"),
+    }
+
+
 MANIFEST = Manifest(
     levels=(
         LevelRecord(
             "portable",
             ("sse2",),
             "model.portable.so",
-            {"shift": "shift", "table": "table"},
+            parameters(),
             (LayerRecord("toy", (WIDTH, WIDTH), (4, 1), 0.2, "gather", "default"),),
         ),
     ),
@@ -52,12 +62,14 @@ def expected(ids: list[int], types: list[int] | None = None) -> dict[str, np.nda
     return {"hidden": hidden, "score": hidden[:, 0], "total": hidden.sum(0)}
 
 
-def build_library(path: Path, shift: int = len(SHIFT)) -> Path:
-    """Compile the toy module, with so many elements in the shift, to a shared object."""
+def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1) -> Path:
+    """Compile the toy module, with so many elements in the shift, to a shared object; a position counts `positions`."""
     import tvm
     from tvm.script import ir as I
     from tvm.script import relax as R
     from tvm.script import tirx as T
+
+    step = positions
 
     # fmt: off
     @I.ir_module
@@ -76,7 +88,7 @@ def build_library(path: Path, shift: int = len(SHIFT)) -> Path:
                     with T.sblock("hidden"):
                         vg, vt, vc = T.axis.remap("SSS", [g, t, c])
                         out[vg, vt, vc] = table[ids[vg, vt], vc] + T.Cast(
-                            "float32", positions[vg, vt] + 100 * types[vg, vt])
+                            "float32", step * positions[vg, vt] + 100 * types[vg, vt])
 
         @T.prim_func(private=True, s_tir=True)
         def score(hidden_: T.handle, out_: T.handle):
@@ -132,10 +144,13 @@ def build_library(path: Path, shift: int = len(SHIFT)) -> Path:
     return path
 
 
-def write(path: Path, library: Path, manifest: Manifest = MANIFEST, shift: NDArray[np.int8] = SHIFT) -> Path:
+def write(path: Path, library: Path, manifest: Manifest | None = None, shift: NDArray[np.int8] = SHIFT) -> Path:
     """Write the toy's artifact; all its levels have the same code."""
     from tilewright.codegen.artifact import write_artifact
 
+    if manifest is None:
+        (level,) = MANIFEST.levels
+        manifest = replace(MANIFEST, levels=(replace(level, parameters=parameters(len(shift))),))
     libraries = {level.name: library for level in manifest.levels}
     weights = {"shift": shift, "table": TABLE}
     write_artifact(path, libraries=libraries, weights=weights, manifest=manifest, tokenizer=TOKENIZER)

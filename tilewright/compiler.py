@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tilewright import frontend, manifest
-from tilewright.artifact import sha256
+from tilewright.artifact import describe_parameter, sha256
 from tilewright.codegen.artifact import check_output, write_artifact
 from tilewright.codegen.build import build
 from tilewright.codegen.lower import Lowered, lower
@@ -20,10 +21,12 @@ from tilewright.codegen.model import EncoderModel, Head
 from tilewright.codegen.passes import dump
 from tilewright.codegen.workload import describe
 from tilewright.cpu import cpu_features
+from tilewright.errors import InvalidInput
 from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output, library_name
 from tilewright.schedules.apply import apply
 from tilewright.schedules.choice import Sparse, plan
 from tilewright.schedules.isa import Isa, known_cpu, resolve_all
+from tilewright.scratch import scratch
 from tilewright.weights import WeightPool
 
 _CHECKPOINT = {".onnx", ".safetensors", ".json"}
@@ -69,11 +72,11 @@ def compile(
     progress("load")
     model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check)
     pool, levels, libraries = WeightPool(), [], {}
-    with tempfile.TemporaryDirectory(prefix="tilewright-") as scratch:
+    with _working_directory() as place:
         for isa in isas:
             progress("lower")
             lowered = lower(model, plan(model, isa, cpu, sparse), max_tokens)
-            libraries[isa.name] = Path(scratch) / library_name(isa.name)
+            libraries[isa.name] = place / library_name(isa.name)
             with dump(None if debug_dump is None else Path(debug_dump) / isa.name):
                 progress("schedule")
                 module = apply(lowered.module, lowered.specs)
@@ -93,6 +96,15 @@ def compile(
     return Artifact(Path(output), written)
 
 
+@contextmanager
+def _working_directory() -> Iterator[Path]:
+    try:
+        with scratch(Path(tempfile.gettempdir()), "tilewright-compile-") as place:
+            yield place
+    except OSError as error:
+        raise InvalidInput(f"cannot work in the temporary directory ({error}); free space there or set TMPDIR") from error
+
+
 def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str]) -> LevelRecord:
     layers = tuple(
         LayerRecord(
@@ -106,7 +118,11 @@ def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str]) -> LevelRecor
         )
         for kernel in lowered.kernels
     )
-    return LevelRecord(isa.name, isa.features, library_name(isa.name), parameters, layers)
+    described = {
+        name: describe_parameter(tensor, lowered.parameters[name], lowered.roles.get(name, "values"))
+        for name, tensor in parameters.items()
+    }
+    return LevelRecord(isa.name, isa.features, library_name(isa.name), described, layers)
 
 
 def _manifest(model: EncoderModel, levels: tuple[LevelRecord, ...], lowered: Lowered, provenance: dict[str, Any]) -> Manifest:

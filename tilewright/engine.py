@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tilewright.artifact import open_artifact
+from tilewright.artifact import check_addresses, consistently, open_artifact
 from tilewright.cpu import ISA_VARIABLE, available_cores, choose_level, cpu_features
-from tilewright.errors import InvalidInput
+from tilewright.errors import InvalidArtifact, InvalidInput
+from tilewright.files import read_text
 from tilewright.manifest import GROUP, TOKENIZER, LevelRecord, Manifest
 from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, random_ids, summarize, time_calls
 from tilewright.packing import Float32, Int32, Packed, pack
@@ -51,12 +52,24 @@ def load(path: str | Path, num_threads: int | None = None, isa: str | None = Non
     if num_threads is not None and num_threads < 1:
         raise InvalidInput(f"num_threads is {num_threads}; expected 1 or more")
     directory = Path(path)
+    return consistently(directory, lambda: _load(directory, num_threads or available_cores(), isa))
+
+
+def _load(directory: Path, num_threads: int, isa: str | None) -> Engine:
     manifest, weights = open_artifact(directory)
     level = choose_level(manifest.levels, cpu_features(), isa or os.environ.get(ISA_VARIABLE) or None)
-    parameters = [weights[tensor] for tensor in level.parameters.values()]
+    check_addresses(level, weights)
+    parameters = [weights[parameter.tensor] for parameter in level.parameters.values()]
     executable = Executable((directory / level.library).resolve(), parameters)
-    tokenizer = (directory / TOKENIZER).read_text("utf-8") if TOKENIZER in manifest.files else None
-    return Engine(manifest, level, executable, tokenizer, num_threads or available_cores())
+    tokenizer = _read_tokenizer(directory / TOKENIZER) if TOKENIZER in manifest.files else None
+    return Engine(manifest, level, executable, tokenizer, num_threads)
+
+
+def _read_tokenizer(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArtifact(f"{path} cannot be read ({error}); compile the model again") from None
 
 
 class Engine:

@@ -6,14 +6,15 @@ Opening a FIFO would wait for its writer for ever, and a device may have no end;
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open the regular file at `path` for reading; raises OSError, also for a name or a kind of file that cannot be one."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -7,6 +7,7 @@ that names it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tilewright.errors import InvalidArtifact
+from tilewright.files import parse_json
 
 SCHEMA_VERSION = 3
 GROUP = 16  # tokens per group of the compiled module's token axis
@@ -23,6 +25,12 @@ GROUP = 16  # tokens per group of the compiled module's token axis
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+
+MAX_TOKENS = 1 << 20
+"""The largest `Limits.max_tokens`: 64 KB of activations each, for hidden size 768, make more than 50 GB of it already."""
+
+INDEX_DTYPES = ("uint8", "uint16", "int32")
+_INT32 = 2**31 - 1
 
 InputName = Literal["input_ids", "attention_mask", "token_type_ids"]
 
@@ -79,18 +87,39 @@ class LayerRecord:
     note: str = ""
 
 
+Role = Literal["values", "addresses", "vocab_size", "max_positions", "token_types"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a level's module: the tensor of the weights file that holds it, and what that must be to be safe.
+
+    role: `values` may be any; of a table that ids look up, the limit that its number of rows equals; `addresses` are integers
+    that kernels use as places in memory. The compiler writes down what those it packed are like: `lowest` and `highest`, and
+    whether they are `ascending`. Kernels stay within their arrays for every array of which this holds.
+    """
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role = "values"
+    lowest: int = 0
+    highest: int = 0
+    ascending: bool = False
+
+
 @dataclass(frozen=True)
 class LevelRecord:
     """The module of one ISA level.
 
     features: what the CPU must have, by LLVM's names (avx2, fma, avx512vnni, amx-int8). library: its file. parameters: the
-    module's parameters in order, each with the tensor of the weights file that holds it. layers: how Linears were compiled.
+    module's parameters in order. layers: how Linears were compiled.
     """
 
     name: str
     features: tuple[str, ...]
     library: str
-    parameters: dict[str, str]
+    parameters: dict[str, Parameter]
     layers: tuple[LayerRecord, ...] = ()
 
     def missing(self, available: Collection[str]) -> tuple[str, ...]:
@@ -115,7 +144,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. `levels` are listed from the least to the best; `files` holds the sha256 of every other file."""
+    """The whole manifest. `levels` are listed from the least to the best; `files` holds the sha256 of every other file.
+
+    In the file a last field, `checksum`, is the sha256 of all others as canonical JSON (keys sorted, no spaces).
+    """
 
     levels: tuple[LevelRecord, ...]
     inputs: tuple[InputName, ...]
@@ -130,24 +162,37 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, "checksum": checksum(fields)}, indent=2, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Manifest:
         """Parse and check manifest.json; raises InvalidArtifact."""
         try:
-            value = json.loads(text)
-        except ValueError as error:
+            value = parse_json(text)
+            stated = value.pop("checksum", None) if isinstance(value, dict) else None
+            found = checksum(value)
+        except (ValueError, RecursionError) as error:
             raise InvalidArtifact(f"{MANIFEST} is not valid JSON ({error}); it is truncated or foreign") from None
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version != SCHEMA_VERSION:
             raise InvalidArtifact(
                 f"{MANIFEST} has schema version {version!r}, expected {SCHEMA_VERSION}; compile the model again"
             )
+        if stated != found:
+            raise InvalidArtifact(
+                f"{MANIFEST} was altered: its checksum is {found[:12]}..., it says {str(stated)[:12]}...; "
+                "copy or compile it again"
+            )
         manifest = _decode(Manifest, value, "")
         if problem := _inconsistency(manifest):
             raise InvalidArtifact(f"{MANIFEST}: {problem}; compile the model again")
         return manifest
+
+
+def checksum(fields: Any) -> str:
+    """Hex sha256 of a manifest's fields, whatever their order and spacing."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
@@ -168,6 +213,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return "`head.pooling` must be given for an embedding, and for nothing else"
     if min(dataclasses.astuple(limits)) < 1:
         return "`limits` must be positive"
+    if limits.max_tokens > MAX_TOKENS or max(dataclasses.astuple(limits)) > _INT32:
+        return f"`max_tokens` must be at most {MAX_TOKENS}, the other limits below 2**31"
     if limits.max_tokens % GROUP or limits.max_tokens < limits.max_positions:
         return f"`max_tokens` must be a multiple of {GROUP} that holds a sequence of `max_positions`"
     if not 0 < len({level.name for level in manifest.levels}) == len(manifest.levels):
@@ -175,8 +222,33 @@ def _inconsistency(manifest: Manifest) -> str | None:
     for name in (WEIGHTS, *(level.library for level in manifest.levels)):
         if name not in files:
             return f"`files` must list {name}"
-    if any(Path(name).name != name for name in files):
-        return "`files` must be plain names"
+    if any(Path(name).name != name or not name or name == MANIFEST or "\0" in name for name in files):
+        return "`files` must be plain names, none of them the manifest's own"
+    return _bad_parameter(manifest) or _bad_provenance(manifest.provenance)
+
+
+def _bad_parameter(manifest: Manifest) -> str | None:
+    for level in manifest.levels:
+        for name, parameter in level.parameters.items():
+            where = f"parameter {name!r} of {level.name}"
+            if any(extent < 0 for extent in parameter.shape):
+                return f"{where} has the shape {list(parameter.shape)}"
+            if parameter.role == "addresses" and not (len(parameter.shape) and parameter.dtype in INDEX_DTYPES):
+                return f"{where} holds addresses, which must be {' or '.join(INDEX_DTYPES)}"
+            limit = getattr(manifest.limits, parameter.role, None)
+            if limit is not None and parameter.shape[:1] != (limit,):
+                return f"{where} has the shape {list(parameter.shape)}, `limits.{parameter.role}` is {limit}"
+    return None
+
+
+def _bad_provenance(provenance: dict[str, Any]) -> str | None:
+    steps = provenance.get("steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        return "`provenance.steps` must be a list of objects"
+    for step in steps:
+        notes = step.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            return "`notes` of `provenance.steps` must be lists of texts"
     return None
 
 

@@ -44,6 +44,22 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(path.locate()).resolve()), ctypes.RTLD_GLOBAL)
 
 
+_spellings: dict[Path, list[tuple[int, int]]] = {}
+
+
+def _distinct(library: Path) -> str:
+    """`library` spelled so that the dynamic linker looks at the file.
+
+    It takes a path that it has loaded before for the same library, even where another file has taken that place since, as when
+    an artifact is compiled anew; with another number of `./` it compares the files. Each spelling stands for one file.
+    """
+    status = library.stat()
+    files = _spellings.setdefault(library, [])
+    if (file := (status.st_dev, status.st_ino)) not in files:
+        files.append(file)
+    return f"{library.parent}/{'./' * files.index(file)}{library.name}"
+
+
 class Executable:
     """The `main` function of a compiled module with its parameters bound; not safe for concurrent calls."""
 
@@ -51,10 +67,10 @@ class Executable:
         """`parameters` are passed on without a copy and must be writable (DLPack) and aligned to 64 bytes."""
         _library()
         try:
-            self._machine = tvm_ffi.load_module(library)["vm_load_executable"]()
+            self._machine = tvm_ffi.load_module(_distinct(library))["vm_load_executable"]()
             self._machine["vm_initialization"](_CPU_DEVICE, 0, _POOLED_ALLOCATOR)
             self._main = self._machine["main"]
-        except (RuntimeError, AttributeError) as error:
+        except (OSError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise InvalidArtifact(f"{library} cannot be loaded ({reason}); compile the model again") from None
         self._parameters = tvm_ffi.convert(tuple(tvm_ffi.from_dlpack(array) for array in parameters))
@@ -65,7 +81,8 @@ class Executable:
         """Run the module; `inputs` are contiguous and aligned to 64 bytes, the outputs are the caller's to keep."""
         try:
             results = self._main(*inputs, self._parameters)
-        except ValueError as error:  # the VM counts the parameters, kernels check their types
+        except (ValueError, TypeError, RuntimeError, AssertionError, IndexError) as error:
+            # the VM counts the parameters and bounds its memory, kernels check their types
             raise InvalidArtifact(
                 "the manifest lists other parameters than its module takes; compile the model again"
             ) from error

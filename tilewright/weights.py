@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.errors import InvalidArtifact
+from tilewright.files import open_regular, parse_json
 
 ALIGNMENT = 64
 _PAD = "_pad."
@@ -90,16 +91,16 @@ def map_weights(path: Path) -> dict[str, NDArray[Any]]:
     The mapping is copy-on-write rather than read-only, because tvm_ffi takes no read-only array; nothing writes to it.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(memory[:8], "little")
-        header = json.loads(memory[8:start])
+        header = parse_json(memory[8:start].decode("utf-8"))
         return {
             name: _view(memory, start, entry)
             for name, entry in header.items()
             if name != "__metadata__" and not name.startswith(_PAD)
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InvalidArtifact(f"{path} is not an artifact's weights file ({error}); compile the model again") from None
 
 

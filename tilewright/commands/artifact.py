@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tilewright.artifact import open_artifact
+from tilewright.artifact import consistently, open_artifact
 from tilewright.commands.output import block_name, print_note, stdout, table
 from tilewright.cpu import cpu_features
 from tilewright.manifest import LayerRecord, LevelRecord
@@ -19,15 +19,19 @@ def report(path: Path) -> dict[str, Any]:
     missing: features that this CPU lacks for a level. shared: bytes of the tensors that other levels use too, which are
     stored once; `shared_weights` is their sum.
     """
+    return consistently(path, lambda: _report(path))
+
+
+def _report(path: Path) -> dict[str, Any]:
     manifest, weights = open_artifact(path)
     available = cpu_features()
-    users = Counter(tensor for level in manifest.levels for tensor in set(level.parameters.values()))
+    users = Counter(tensor for level in manifest.levels for tensor in _tensors(level))
 
     def nbytes(tensors: set[str], users_at_least: int = 1) -> int:
         return sum(weights[tensor].nbytes for tensor in tensors if users[tensor] >= users_at_least)
 
     def level_json(level: LevelRecord) -> dict[str, Any]:
-        tensors = set(level.parameters.values())
+        tensors = _tensors(level)
         return {
             "name": level.name,
             "features": list(level.features),
@@ -55,6 +59,10 @@ def report(path: Path) -> dict[str, Any]:
         "levels": [level_json(level) for level in manifest.levels],
         "notes": steps[-1].get("notes", []),
     }
+
+
+def _tensors(level: LevelRecord) -> set[str]:
+    return {parameter.tensor for parameter in level.parameters.values()}
 
 
 def _kernel_json(layer: LayerRecord) -> dict[str, Any]:
