@@ -47,7 +47,8 @@ class Family:
     """Modules are named without `prefix`, which a model with a head puts before those of its encoder.
 
     The modules of an encoder layer are relative to `layer`, whose `{}` is the number of the layer. `heads` maps the
-    class in config.json's `architectures` to its head; its first entry is the bare encoder.
+    class in config.json's `architectures` to its head; its first entry is the bare encoder. `first_position` is the row of the
+    position table that the first token takes; where it is not 0, the row before it is that of padding, whose id is the same.
     """
 
     model_type: str
@@ -69,3 +70,4 @@ class Family:
     output_norm: str
     heads: Mapping[str, HeadNames]
     unused: tuple[str, ...] = ()
+    first_position: int = 0

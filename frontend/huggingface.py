@@ -90,14 +90,14 @@ class _Reader:
 
     def embeddings(self) -> Embeddings:
         family, config, floats = self.family, self.config, self.checkpoint.floats
-        hidden = config.hidden_size
+        hidden, first = config.hidden_size, family.first_position
         types = None
         if family.token_type and family.settings.token_types:
             count = _integer(self.settings, family.settings.token_types)
             types = floats(f"{family.token_type}.weight", count, hidden)
         return Embeddings(
             word=embedding_table(self.checkpoint, family.word, config.vocab_size, hidden),
-            position=floats(f"{family.position}.weight", config.max_positions, hidden),
+            position=floats(f"{family.position}.weight", config.max_positions + first, hidden)[first:],
             token_type=types,
             norm=self.norm(family.embeddings_norm),
         )
@@ -184,10 +184,20 @@ def _config(settings: dict[str, Any], family: Family, classifier: bool) -> Encod
         num_heads=heads,
         intermediate_size=_integer(settings, keys.intermediate_size),
         vocab_size=_integer(settings, "vocab_size"),
-        max_positions=_integer(settings, "max_position_embeddings"),
+        max_positions=_positions(settings, family),
         activation=ACTIVATIONS[activation],
         labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
     )
+
+
+def _positions(settings: dict[str, Any], family: Family) -> int:
+    """Tokens that the model takes."""
+    first, rows = family.first_position, _integer(settings, "max_position_embeddings")
+    if first and settings.get("pad_token_id", first - 1) != first - 1:
+        raise UnsupportedModel(f"pad_token_id is {settings['pad_token_id']} in config.json; supported: {first - 1}")
+    if rows <= first:
+        raise InvalidModel(f"config.json: max_position_embeddings is {rows}, of which {first} are not for tokens")
+    return rows - first
 
 
 def _integer(settings: dict[str, Any], key: str) -> int:

@@ -63,7 +63,7 @@ def _config(model: EncoderModel, family: Family, packed: bool) -> dict[str, Any]
         keys.intermediate_size: config.intermediate_size,
         keys.activation: next(name for name, kind in ACTIVATIONS.items() if kind == config.activation),
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_positions,
+        "max_position_embeddings": config.max_positions + family.first_position,
         "quantization_config": quantization_config(list(_head_linears(model, family)), PACKED_FORMAT if packed else FORMAT),
     }
     if keys.layer_norm_eps:
@@ -108,7 +108,7 @@ def _tensors(model: EncoderModel, family: Family, packed: bool) -> Tensors:
     embeddings = model.embeddings
     tensors: Tensors = {
         **(_quantized_rows(family.word, embeddings.word) if packed else {f"{family.word}.weight": embeddings.word}),
-        f"{family.position}.weight": embeddings.position,
+        f"{family.position}.weight": np.pad(embeddings.position, ((family.first_position, 0), (0, 0))),
         **_norm(family.embeddings_norm, embeddings.norm),
     }
     if family.token_type and embeddings.token_type is not None:

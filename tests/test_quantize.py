@@ -229,6 +229,29 @@ def test_weights_of_minus_128_are_saturated_and_noted(quantized: Path, tmp_path:
     assert model.layers[1].up.weight[0, :3].tolist() == [-127] * 3
 
 
+ROBERTA = ["Model", "ForQuestionAnswering", "ForTokenClassification", "ForSequenceClassification", "ForMaskedLM"]
+
+
+@pytest.mark.parametrize("name", [f"Roberta{head}" for head in ROBERTA] + ["XLMRobertaForSequenceClassification"])
+def test_roberta_counts_positions_behind_padding(name: str, tmp_path: Path) -> None:
+    directory = tiny.save(tiny.build(name), tmp_path / "model")
+    model = load(directory)
+    assert model.config.max_positions == tiny.POSITIONS
+    if "MaskedLM" not in name:  # whose outputs are over words
+        check_against_transformers(model, directory)
+    again = load(quantize(directory, TEXTS, tmp_path / "int8"))
+    assert again.config == model.config
+    np.testing.assert_array_equal(again.embeddings.position, model.embeddings.position)
+
+
+def test_roberta_of_another_padding_is_refused(tmp_path: Path) -> None:
+    directory = tiny.save(tiny.build("RobertaModel"), tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"pad_token_id": 3}))
+    with pytest.raises(UnsupportedModel, match="pad_token_id is 3"):
+        load(directory)
+
+
 @pytest.mark.parametrize("name", ["BertModel", "DistilBertForSequenceClassification", "DistilBertForQuestionAnswering"])
 def test_self_check_against_transformers(name: str, tmp_path: Path) -> None:
     """It passes what was read right and finds a model that is something else."""

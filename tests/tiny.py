@@ -19,15 +19,16 @@ WORDS = [f"w{i}" for i in range(VOCAB - 1)]
 
 
 def build(name: str, seed: int = 0, **settings: object) -> torch.nn.Module:
-    """The transformers class `name` (BERT or DistilBERT) with weights large enough that every part matters."""
+    """The transformers class `name` of a supported family with weights large enough that every part matters."""
     if name.startswith("Distil"):
         sizes = {"dim": HIDDEN, "hidden_dim": WIDE, "n_heads": HEADS, "n_layers": LAYERS}
         kind = transformers.DistilBertConfig
     else:
         sizes = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_attention_heads": HEADS}
         sizes["num_hidden_layers"] = LAYERS
-        kind = transformers.BertConfig
-    config = kind(vocab_size=VOCAB, max_position_embeddings=POSITIONS, attn_implementation="eager", **(sizes | settings))
+        kind = getattr(transformers, f"{name.partition('For')[0].removesuffix('Model')}Config")
+    positions = POSITIONS + 2 * ("Roberta" in name)  # the first two rows are not for tokens
+    config = kind(vocab_size=VOCAB, max_position_embeddings=positions, attn_implementation="eager", **(sizes | settings))
     if "Classification" in name and "id2label" not in settings:
         config.num_labels = LABELS
     torch.manual_seed(seed)
