@@ -15,7 +15,7 @@ from tests.emulated_cases import Case, cases
 from tests.emulated_cpu import EmulationError
 from tests.emulator import MODEL_OF_LEVEL, Kernels, emulate
 from tests.kernel_harness import Array
-from tilewright.codegen.lowering import PIPELINE
+from tilewright.codegen.passes import PIPELINE
 from tilewright.schedules.isa import ISAS
 
 pytestmark = pytest.mark.skipif(find_spec("bochscpu") is None, reason="bochscpu-python is not installed")
