@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tilewright.artifact import check_addresses, consistently, open_artifact
 from tilewright.cpu import ISA_VARIABLE, available_cores, choose_level, cpu_features
 from tilewright.errors import InvalidArtifact, InvalidInput
 from tilewright.files import read_text
+from tilewright.forking import Gate
 from tilewright.manifest import GROUP, TOKENIZER, LevelRecord, Manifest
 from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, random_ids, summarize, time_calls
 from tilewright.packing import Float32, Int32, Packed, pack
@@ -84,7 +84,7 @@ class Engine:
         self.num_threads = num_threads
         self._executable = executable
         self._tokenizer_text = tokenizer
-        self._tokenizer_lock = threading.Lock()  # truncation is a setting of the shared tokenizer
+        self._tokenizer_lock = Gate()  # truncation is a setting of the shared tokenizer
         self._takes_types = "token_type_ids" in manifest.inputs
         self._workspace = _aligned_rows(4, manifest.limits.max_tokens + GROUP)
         self._threads = acquire_threads(num_threads)

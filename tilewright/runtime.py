@@ -2,7 +2,8 @@
 
 TVM's thread settings and thread pools belong to the calling thread, and a pool is never freed or resized. So a
 single-threaded engine runs in its caller's thread with parallelism off, where no pool is made; an engine of more
-threads has one thread of its own that owns the pool, however many threads call it, and such threads are reused.
+threads has one thread of its own that owns the pool, however many threads call it, and such threads are reused. Calls run
+behind a gate, so that a process can fork and its children go on with the engine (`tilewright/forking.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +24,7 @@ import tvm_ffi
 from numpy.typing import NDArray
 
 from tilewright.errors import InvalidArtifact
+from tilewright.forking import Gate
 
 T = TypeVar("T")
 _CPU_DEVICE, _POOLED_ALLOCATOR = 1, 2
@@ -132,11 +133,11 @@ class CallerThread:
         library = _library()
         self._get = library["_ZN3tvm7runtime9threading14MaxConcurrencyEv"]
         self._set = library["_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"]
-        self._lock = threading.Lock()
+        self._gate = Gate()
 
     def run(self, job: Callable[[], T]) -> T:
         """Run `job`; the caller's own setting, which compiling and tuning use, is put back."""
-        with self._lock:
+        with self._gate:
             before = self._get()
             self._set(1)
             try:
@@ -146,15 +147,21 @@ class CallerThread:
 
 
 class PoolThread:
-    """Runs jobs in a thread that owns a TVM pool of `size` threads."""
+    """Runs jobs in a thread that owns a TVM pool of `size` threads; in a forked child, in one of that process."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._executor = ThreadPoolExecutor(1, "tilewright", initializer=self._make_pool)
+        self._gate = Gate()
+        self._process = 0
+        self._executor: ThreadPoolExecutor
 
     def run(self, job: Callable[[], T]) -> T:
         """Run `job` after those already waiting."""
-        return self._executor.submit(job).result()
+        with self._gate:
+            if self._process != os.getpid():  # the thread of the parent did not survive the fork
+                self._executor = ThreadPoolExecutor(1, "tilewright", initializer=self._make_pool)
+                self._process = os.getpid()
+            return self._executor.submit(job).result()
 
     def _make_pool(self) -> None:
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
