@@ -26,8 +26,10 @@ def read_embeddings(walker: Walker, value: str, norm: LayerNorm) -> tuple[Embedd
     if not by_input.keys() <= {"input_ids", "token_type_ids"} or "input_ids" not in by_input or not others:
         raise UnsupportedModel("the embeddings lack a word or a position table; supported: BERT-like encoders")
     word, types = by_input["input_ids"], by_input.get("token_type_ids")
-    if min(len(table) for _, table in tables) == 0:
-        raise InvalidModel("a table of the embeddings is empty; export the model again")
+    for _, table in tables:
+        if not len(table) or table.shape[1:] != norm.weight.shape:
+            shapes = " and ".join(str(list(table.shape)) for _, table in tables)
+            raise InvalidModel(f"the tables of the embeddings are {shapes}, their LayerNorm is over {norm.weight.size} values")
     rows = max(len(table) for _, table in others)
     prober = Prober(walker.graph, len(word), 1 if types is None else len(types), rows)
     found = prober.run([index for index, _ in others])
@@ -48,8 +50,6 @@ def read_embeddings(walker: Walker, value: str, norm: LayerNorm) -> tuple[Embedd
     if position is None or len(constant) > 1:
         raise UnsupportedModel("the embeddings lack a position table; supported: BERT-like encoders")
     if constant:
-        if constant[0].shape != position.shape[1:]:
-            raise InvalidModel("the tables of the embeddings differ in width; export the model again")
         position = position + constant[0]
         walker.notes.lines.append("added the only token type in use to the position embeddings")
     return Embeddings(word, np.ascontiguousarray(position), types, norm), prober

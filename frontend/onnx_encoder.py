@@ -231,12 +231,8 @@ def _check_uniform(layers: tuple[Layer, ...]) -> None:
 def _check_shapes(embeddings: Embeddings, layers: tuple[Layer, ...], head: Head) -> None:
     """Raise InvalidModel unless all parts have the width of the word table, and all layers one inner width."""
     hidden, inner = embeddings.word.shape[1], len(layers[0].up.weight)
-    tables = {"position": embeddings.position, "token type": embeddings.token_type}
-    for name, table in tables.items():
-        if table is not None and (table.shape[1] != hidden or not len(table)):
-            raise InvalidModel(f"the {name} table is {list(table.shape)}, the word table {list(embeddings.word.shape)}")
     expected: list[tuple[str, Linear | None, tuple[int, int]]] = []
-    norms = [("embeddings", embeddings.norm)]
+    norms: list[tuple[str, LayerNorm]] = []
     for index, layer in enumerate(layers):
         attention = layer.attention
         expected += [

@@ -169,10 +169,10 @@ class Graph:
         self._mark(*node.inputs)
         scale, zero_point = self._scale(node), self._zero_point(node, values.dtype)
         axis, name = int(node.attributes.get("axis", 1)), node.inputs[0]
-        if scale.size > 1 and not -values.ndim <= axis < values.ndim:
+        if scale.size != 1 and not -values.ndim <= axis < values.ndim:
             raise InvalidModel(f"{name} is quantised along axis {axis}, but has {values.ndim} axes; export the model again")
         axis %= max(values.ndim, 1)
-        if scale.size > 1 and scale.shape != values.shape[axis : axis + 1]:
+        if scale.size != 1 and scale.shape != values.shape[axis : axis + 1]:
             found = f"{name} {list(values.shape)} is quantised along axis {axis} by {scale.size} scales"
             raise InvalidModel(f"{found}; there is one for the tensor or for each of its {values.shape[axis]} channels")
         if zero_point.size not in (1, scale.size):

@@ -277,3 +277,53 @@ def test_an_unused_initializer_is_noted(qdq: Path, tmp_path: Path) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.ones(7, np.float32), "left_over"))
     onnx.save(model, tmp_path / "model.onnx")
     assert "unused tensors: left_over" in load(tmp_path).notes
+
+
+def activation_pair(model: onnx.ModelProto) -> onnx.NodeProto:
+    """QuantizeLinear of the first Linear's input."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    matmul = next(node for node in model.graph.node if node.op_type == "MatMul")
+    return producers[producers[matmul.input[0]].input[0]]
+
+
+def test_zero_points_per_channel_on_activations_are_refused(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    replace_initializer(model, activation_pair(model).input[2], lambda zero: np.full(tiny.HIDDEN, 3, zero.dtype))
+    refused(model, tmp_path, UnsupportedModel, "per channel", "activations are per tensor")
+
+
+def test_zero_points_of_another_type_are_refused(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    replace_initializer(model, first_weight(model).input[2], lambda zero: zero.astype(np.uint8))
+    refused(model, tmp_path, InvalidModel, "zero point", "expected int8")
+
+
+@pytest.mark.parametrize("size", [0, 3, tiny.HIDDEN + 1])
+def test_scales_of_wrong_size_are_refused(size: int, qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    for name in first_weight(model).input[1:]:
+        replace_initializer(model, name, lambda values: np.ones(size, values.dtype))
+    refused(model, tmp_path, InvalidModel, first_weight(model).input[0])
+
+
+def test_weights_with_fewer_zero_points_than_scales_are_refused(qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    replace_initializer(model, first_weight(model).input[2], lambda zero: zero[:3])
+    refused(model, tmp_path, InvalidModel, "32 scales but 3 zero points")
+
+
+@pytest.mark.parametrize("rows", [tiny.POSITIONS, tiny.VOCAB])
+def test_tables_of_another_width_are_refused(rows: int, tmp_path: Path) -> None:
+    path = tiny.export(tiny.build("DistilBertModel"), tmp_path / "model.onnx", ["last_hidden_state"])
+    model = onnx.load(path)
+    table = next(t.name for t in model.graph.initializer if list(t.dims) == [rows, tiny.HIDDEN])
+    replace_initializer(model, table, lambda values: values[:, 1:])
+    refused(model, tmp_path, InvalidModel, "31]", "LayerNorm is over 32")
+
+
+def test_a_head_of_another_width_is_refused(tmp_path: Path) -> None:
+    path = tiny.export(tiny.build("DistilBertForTokenClassification"), tmp_path / "model.onnx", ["logits"])
+    model = onnx.load(path)
+    name = next(t.name for t in model.graph.initializer if list(t.dims) == [tiny.HIDDEN, tiny.LABELS])
+    replace_initializer(model, name, lambda values: values[1:])
+    refused(model, tmp_path, InvalidModel, "the head is [3, 31]")
