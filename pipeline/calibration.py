@@ -16,6 +16,8 @@ from tilewright.pipeline.encoder import Batch, run
 
 Method = Literal["minmax", "percentile"]
 Range = tuple[float, float]
+Text = str | tuple[str, str]
+"""A text, or a pair of texts, which is one sequence."""
 Progress = Callable[[int, int], None]
 """Called with the number of batches done and their total."""
 
@@ -24,7 +26,7 @@ _BATCH = 16
 
 
 def calibrate(
-    model: EncoderModel, texts: Sequence[str], method: Method, percentile: float, max_length: int, progress: Progress
+    model: EncoderModel, texts: Sequence[Text], method: Method, percentile: float, max_length: int, progress: Progress
 ) -> Mapping[str, Range]:
     """Range of every value that will be quantised, over `texts` cut to `max_length` tokens.
 
@@ -85,7 +87,7 @@ def _percentile(counts: Tensor, limits: Range, percentile: float) -> Range:
     return low + first * width, low + (last + 1) * width
 
 
-def _batches(model: EncoderModel, texts: Sequence[str], max_length: int) -> Iterator[Batch]:
+def _batches(model: EncoderModel, texts: Sequence[Text], max_length: int) -> Iterator[Batch]:
     """Batches of texts of similar length, so that little is padded."""
     if model.tokenizer is None:
         raise InvalidInput("the model has no tokenizer.json, which calibration on text needs; add it to the model")

@@ -6,7 +6,8 @@ What answers is a `Predict`: it takes the features of a task and returns outputs
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,34 @@ def load_module(task: Task, path: Path, *, needs_head: bool = True) -> nn.Module
     random. Before training they may be.
     """
     load(path)  # its errors are of one line and name what would work
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        model, info = getattr(transformers, task.model).from_pretrained(
-            path, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
+        with quiet():
+            model, info = getattr(transformers, task.model).from_pretrained(
+                path, local_files_only=True, output_loading_info=True, dtype=torch.float32
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidModel(f"{path} cannot be read by transformers: {' '.join(str(error).split())[:200]}") from None
-    finally:
-        transformers.logging.set_verbosity(before)
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name or task.name == "sequence_classification")
     if missing and needs_head:
         raise InvalidModel(
             f"{path} has no {task.name} head ({missing[0]} is missing); give a model that was trained for the task"
         )
     return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the context transformers shows neither progress nor warnings; ours are shown instead."""
+    logging: Any = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def accepted(model: nn.Module) -> frozenset[str]:

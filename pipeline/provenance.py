@@ -18,13 +18,13 @@ _VERSIONS = ("tilewright", "torch", "tokenizers", "numpy")
 def append_step(
     name: str, settings: Mapping[str, Any], source: Path | None, output: Path, given: Mapping[str, Any] | None = None
 ) -> None:
-    """Write provenance.json into the directory `output`: the steps of `source`, if it has any, and step `name` after them.
+    """Write provenance.json into the directory `output`: what `source` has, if anything, with step `name` after its steps.
 
     `given` replaces the hashes of the files of `source`, for a model that is in memory only.
     """
-    before: list[Any] = []
+    before: dict[str, Any] = {}
     if source is not None and (source / PROVENANCE).is_file():
-        before = read_json(source / PROVENANCE, dict).get("steps", [])
+        before = read_json(source / PROVENANCE, dict)
     step = {
         "step": name,
         "settings": dict(settings),
@@ -32,7 +32,19 @@ def append_step(
         "output_sha256": file_hashes(output),
         "versions": {package: version(package) for package in _VERSIONS},
     }
-    (output / PROVENANCE).write_text(json.dumps({"steps": [*before, step]}, indent=2) + "\n", encoding="utf-8")
+    write_provenance(output, before | {"steps": [*before.get("steps", []), step]})
+
+
+def extend(output: Path, recipe: Mapping[str, Any], **more: Any) -> None:
+    """Add the `recipe` to provenance.json in `output`, and `more` (metrics, seed) to its last step."""
+    found = read_json(output / PROVENANCE, dict)
+    last = found["steps"][-1] | more
+    write_provenance(output, found | {"recipe": dict(recipe), "steps": [*found["steps"][:-1], last]})
+
+
+def write_provenance(output: Path, value: Mapping[str, Any]) -> None:
+    """Write provenance.json into the directory `output`."""
+    (output / PROVENANCE).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def file_hashes(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from tilewright.codegen.block_sparse import detect_block
 from tilewright.codegen.model import EncoderModel, Layer, Linear, Quantization
 from tilewright.errors import InvalidInput
 from tilewright.frontend import load
-from tilewright.pipeline.calibration import Method, Progress, Range, asymmetric, calibrate, symmetric
+from tilewright.pipeline.calibration import Method, Progress, Range, Text, asymmetric, calibrate, symmetric
 from tilewright.pipeline.checkpoint import write_checkpoint
 from tilewright.pipeline.provenance import append_step
 
@@ -31,7 +31,7 @@ without VNNI are fast (`codegen/budget.py`)."""
 
 def quantize(
     model: str | PathLike[str] | EncoderModel,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     output: str | PathLike[str],
     method: Method = "minmax",
     percentile: float = 99.999,
@@ -54,7 +54,7 @@ def quantize(
 
     Raises InvalidInput for options, texts or an output that cannot be used, and what `load` raises.
     """
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if "".join(text).strip()]
     _check_options(texts, method, percentile, max_length, weight_bits)
     target = Path(output)
     if target.exists():
@@ -74,7 +74,7 @@ def quantize(
         settings["weight_bits"] = weight_bits
         if method == "minmax":
             del settings["percentile"]
-        settings["texts_sha256"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+        settings["texts_sha256"] = hashlib.sha256("\n".join(map("".join, texts)).encode()).hexdigest()
         given = {"model": fingerprint(source)}
         append_step("quantize", settings, None if isinstance(model, EncoderModel) else Path(model), scratch, given)
     return target
@@ -121,7 +121,7 @@ def _layer(layer: Layer, index: int, ranges: Mapping[str, Range], bits: int) -> 
     )
 
 
-def _check_options(texts: Sequence[str], method: str, percentile: float, max_length: int, weight_bits: int) -> None:
+def _check_options(texts: Sequence[Text], method: str, percentile: float, max_length: int, weight_bits: int) -> None:
     if not texts:
         raise InvalidInput("no calibration text given; a few hundred sentences like those of the application work well")
     if method not in METHODS:

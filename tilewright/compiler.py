@@ -160,7 +160,7 @@ def _provenance(source: str | Path | EncoderModel, model: EncoderModel, settings
         "notes": list(model.notes),
         "versions": {name: version(name) for name in ("tilewright", "apache-tvm", "apache-tvm-ffi", "numpy")},
     }
-    earlier: list[Any] = []
+    earlier: dict[str, Any] = {}
     if not isinstance(source, EncoderModel):
         path = Path(source)
         # the folders of sentence-transformers modules are named 1_Pooling
@@ -169,5 +169,5 @@ def _provenance(source: str | Path | EncoderModel, model: EncoderModel, settings
         step["input_sha256"] = {str(file.relative_to(path)) if file != path else file.name: sha256(file) for file in files}
         recorded = path / "provenance.json"
         if recorded.is_file():
-            earlier = json.loads(recorded.read_text("utf-8")).get("steps", [])
-    return {"steps": [*earlier, step]}
+            earlier = json.loads(recorded.read_text("utf-8"))
+    return earlier | {"steps": [*earlier.get("steps", []), step]}

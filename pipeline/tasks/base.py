@@ -65,7 +65,8 @@ class Task:
     model: transformers' class of models for it, which returns the task's loss where it is given labels. read: records of a
     file. features: of records, with labels where the records have them. texts: of records, to calibrate on. evaluate: metrics
     of a model's answers to records; `reference` answers as well, where labels are missing. metric: the most important one.
-    distillation: the losses of `distil` where a recipe does not say. trains: whether labels give a loss at all.
+    distillation: the losses of `distil` where a recipe does not say. trains: whether labels give a loss at all. compares:
+    whether `evaluate` makes anything of a reference.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Task:
     metric: str
     distillation: DistillationSettings
     trains: bool = True
+    compares: bool = True
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

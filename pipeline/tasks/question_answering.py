@@ -121,4 +121,5 @@ TASK = Task(
     evaluate=evaluate,
     metric="f1",
     distillation=DistillationSettings(attention=0.5, feed_forward=0.5, logits=1.0),
+    compares=False,
 )
