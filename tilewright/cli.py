@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tilewright.commands import benchmark, compile, hardware, inspect, pack, quantize, run
+from tilewright.commands import benchmark, compile, compress, data, evaluate, hardware, inspect, pack, provenance, quantize, run
 from tilewright.commands.output import fail
 from tilewright.errors import TilewrightError
 
@@ -78,10 +78,22 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)
 app.command("pack")(pack.pack)
+app.command("compress")(compress.compress)
 app.command("compile")(compile.compile)
 app.command("run")(run.run)
 app.command("benchmark")(benchmark.benchmark)
+app.command("evaluate")(evaluate.evaluate)
+app.command("provenance")(provenance.provenance)
 app.command("check-hardware")(hardware.check_hardware)
+
+_recipes = typer.Typer(help="Recipes that come along.", no_args_is_help=True)
+_recipes.command("list")(compress.list_recipes)
+_recipes.command("show")(compress.show_recipe)
+app.add_typer(_recipes, name="recipes")
+
+_data = typer.Typer(help="Public data sets.", no_args_is_help=True)
+_data.command("squad")(data.squad)
+app.add_typer(_data, name="data")
 
 
 def _print_version(wanted: bool) -> None:
