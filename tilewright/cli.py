@@ -12,7 +12,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tilewright.commands import benchmark, compile, compress, data, evaluate, hardware, inspect, pack, provenance, quantize, run
+from tilewright.commands import (
+    benchmark,
+    compile,
+    compress,
+    data,
+    evaluate,
+    export,
+    hardware,
+    inspect,
+    pack,
+    provenance,
+    quantize,
+    run,
+)
 from tilewright.commands.output import fail
 from tilewright.errors import TilewrightError
 
@@ -79,6 +92,7 @@ app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)
 app.command("pack")(pack.pack)
 app.command("compress")(compress.compress)
+app.command("export")(export.export)
 app.command("compile")(compile.compile)
 app.command("run")(run.run)
 app.command("benchmark")(benchmark.benchmark)
