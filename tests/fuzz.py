@@ -60,11 +60,12 @@ def fuzz(kind: str, first: int, count: int, progress: Callable[[int, int], None]
     while number < first + count:
         command = [sys.executable, "-m", "tests.fuzz", kind, "--worker", "--first", str(number)]
         command += ["--cases", str(first + count - number)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
+        # unbuffered: a line that waits in a buffer would make its case look like one that hangs
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as worker:
             assert worker.stdout is not None
             while number < first + count:
                 ready, _, _ = select.select([worker.stdout], [], [], SECONDS)
-                line = worker.stdout.readline() if ready else ""
+                line = worker.stdout.readline() if ready else b""
                 if not line:
                     worker.kill()
                     end, detail = ("crashed", f"exit status {worker.wait()}") if ready else ("hung", f"no end in {SECONDS} s")

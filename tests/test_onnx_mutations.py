@@ -1,5 +1,7 @@
 """Mutated ONNX graphs end in an equal answer or a TilewrightError; `tests/fuzz.py` runs many more."""
 
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -39,3 +41,23 @@ def test_fuzz_counts_cases() -> None:
     result = fuzz.fuzz("onnx", 0, 3)
     assert sum(result.counts.values()) == 3
     assert not result.failures
+
+
+def test_fuzz_tells_crashes_and_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies or stops ends its case, and the next one goes on behind it."""
+    script = (
+        "import os, sys, time; first = int(sys.argv[sys.argv.index('--first') + 1])\n"
+        "for number in range(first, 5):\n"
+        "    if number == 1: os.abort()\n"
+        "    if number == 3: time.sleep(60)\n"
+        '    print(\'["refused", ""]\', flush=True)'
+    )
+    started = subprocess.Popen
+    monkeypatch.setattr(fuzz, "SECONDS", 10)
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **options: started([sys.executable, "-c", script, *command[3:]], **options)
+    )
+    result = fuzz.fuzz("onnx", 0, 5)
+    assert result.counts == {"refused": 3, "crashed": 1, "hung": 1}
+    assert [failure.split(":")[0] for _, failure in sorted(result.failures.items())] == ["crashed", "hung"]
+    assert sorted(result.failures) == [1, 3]
