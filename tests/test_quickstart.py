@@ -47,22 +47,13 @@ def test_sizes_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "a").write_bytes(b"123")
     assert quickstart.size(tmp_path) == quickstart.size(tmp_path / "a") == 3
     row = {"p50": 2.0, "p90": 3.0, "calls": 5, "ratio": 0.5}
-    agreement = dict.fromkeys(
-        (
-            "tags_equal",
-            "tag_logits_cosine",
-            "embedding_cosine",
-            "embedding_cosine_least",
-            "answers_right",
-            "answers_right_float",
-        ),
-        0.75,
-    )
     results = {
-        "agreement": agreement,
+        "agreement": {"tags_equal": 0.75, "tag_logits_cosine": 0.75},
+        "embedding": {"float32": {"cosine": 1.0, "cosine_least": 1.0, "answers_right": 0.625}},
         "latency": {"M": {"tilewright": row, "other": row}},
         "bytes": {"M": {"source": 10**6, "artifact": 2}},
     }
     quickstart.show(results)
-    assert "0.50 of it" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("0.50 of it") == 1 and "62.5%" in shown
     json.dumps(results)
