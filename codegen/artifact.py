@@ -56,6 +56,8 @@ def write_artifact(
 
 def check_output(path: str | Path, *, overwrite: bool = True) -> Path:
     """Return `path` if an artifact can be written there, so that a compile can refuse early; raises InvalidInput."""
+    if "\0" in os.fspath(path):
+        raise InvalidInput(f"cannot write {os.fspath(path)!r}: the name holds a NUL; choose another output")
     target = Path(os.path.abspath(path))
     if not target.parent.is_dir():
         raise InvalidInput(f"cannot write {path}: {target.parent} is not a directory; create it or choose another output")

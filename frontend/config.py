@@ -26,13 +26,16 @@ def read_json(path: Path, kind: type[Any] | None = None) -> Any:
     return value
 
 
-def validated(schema: TypeAdapter[T], value: Any, name: str) -> T:
-    """`value` as `schema` says; raises InvalidModel that names the file `name`, the first field that is wrong and its value."""
+def validated(schema: TypeAdapter[T], value: Any, name: str, field: str = "") -> T:
+    """`value` as `schema` says; raises InvalidModel that names the file `name`, the first field that is wrong and its value.
+
+    field: what `value` itself is called, if it is not all of the file.
+    """
     try:
         return schema.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(filter(None, (field, *map(str, first["loc"]))))
         found = repr(first["input"])
         found = found if len(found) <= 60 else found[:57] + "..."
         reason = first["msg"].removeprefix("Value error, ")

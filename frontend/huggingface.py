@@ -18,12 +18,15 @@ from tilewright.codegen.model import (
     ProblemType,
 )
 from tilewright.errors import InvalidModel, UnsupportedModel
+from tilewright.files import read_text
 from tilewright.frontend.compressed import check_quantization, embedding_table, float_linear, int8_linear, positive
 from tilewright.frontend.config import read_json
 from tilewright.frontend.families import FAMILIES
 from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
 from tilewright.frontend.sentence_transformers import MODULES, UNSTATED_POOLING, Embedding, read_embedding
+from tilewright.frontend.settings import epsilon, positive_integer, read_settings
 from tilewright.frontend.tensors import Checkpoint, read_safetensors
+from tilewright.tokenizer import read_tokenizer
 
 ReadLinear = Callable[[Checkpoint, str, int, int, list[str]], Linear]
 
@@ -31,36 +34,41 @@ ReadLinear = Callable[[Checkpoint, str, int, int, list[str]], Linear]
 _FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
-def load_directory(path: Path) -> EncoderModel:
-    """Read a Hugging Face directory.
+def load_directory(path: Path, read: Callable[[Path, str], Checkpoint] | None = None) -> EncoderModel:
+    """Read a Hugging Face directory; `read` gives the tensors of a directory, without a prefix, where they are no safetensors.
 
     Raises UnsupportedModel for an architecture, setting or quantisation that is not supported, and InvalidModel for a
     damaged file or a tensor that is missing, unexpected, of the wrong shape, or not finite.
     """
     embedding = read_embedding(path)
     path = embedding.transformer if embedding else path
-    settings = read_json(path / "config.json", dict)
+    settings = read_settings(path / "config.json")
     family, head = _family_and_head(settings)
     if embedding is not None and head.kind != "none":
         raise UnsupportedModel(f"{MODULES} describes sentence embeddings, config.json a {head.kind} head; remove one of them")
     config = _config(settings, family, classifier="classification" in head.kind)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InvalidModel(f"{path} holds no *.safetensors file; save the model with safe_serialization=True")
+    checkpoint = (read or _read_safetensors)(path, family.prefix)
     quantization = settings.get("quantization_config")
     if quantization is not None:
         check_quantization(quantization)
-    reader = _Reader(config, settings, family, read_safetensors(files, family.prefix), quantization is not None)
+    reader = _Reader(config, settings, family, checkpoint, quantization is not None)
     model = reader.model(head, embedding, _tokenizer(path))
     reader.checkpoint.finish()
     return model
 
 
+def _read_safetensors(path: Path, prefix: str) -> Checkpoint:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InvalidModel(f"{path} holds no *.safetensors file; save the model with safe_serialization=True")
+    return read_safetensors(files, prefix)
+
+
 def read_config(file: Path) -> tuple[EncoderConfig, int]:
     """Sizes and number of layers from a config.json alone; raises as `load_directory` does, weights are not looked for."""
-    settings = read_json(file, dict)
+    settings = read_settings(file)
     family, _ = _family_and_head(settings)
-    return _config(settings, family, classifier=False), _integer(settings, family.settings.num_layers)
+    return _config(settings, family, classifier=False), positive_integer(settings, family.settings.num_layers)
 
 
 class _Reader:
@@ -75,12 +83,11 @@ class _Reader:
         self.checkpoint = checkpoint
         self.quantized = quantized
         self.notes: list[str] = []
-        eps = family.settings.layer_norm_eps
-        self.eps = float(settings.get(eps, 1e-12)) if eps else 1e-12
+        self.eps = epsilon(settings, family.settings.layer_norm_eps)
 
     def model(self, head: HeadNames, embedding: Embedding | None, tokenizer: str | None) -> EncoderModel:
         embeddings = self.embeddings()
-        count = _integer(self.settings, self.family.settings.num_layers)
+        count = positive_integer(self.settings, self.family.settings.num_layers)
         layers = tuple(self.layer(self.family.layer.format(i)) for i in range(count))
         parts = (embeddings, layers, self.head(head, embedding))
         ignored = self.checkpoint.ignore((*self.family.unused, *head.unused))
@@ -93,7 +100,7 @@ class _Reader:
         hidden, first = config.hidden_size, family.first_position
         types = None
         if family.token_type and family.settings.token_types:
-            count = _integer(self.settings, family.settings.token_types)
+            count = positive_integer(self.settings, family.settings.token_types)
             types = floats(f"{family.token_type}.weight", count, hidden)
         return Embeddings(
             word=embedding_table(self.checkpoint, family.word, config.vocab_size, hidden),
@@ -173,7 +180,7 @@ def _config(settings: dict[str, Any], family: Family, classifier: bool) -> Encod
     activation = str(settings.get(keys.activation))
     if activation not in ACTIVATIONS:
         raise UnsupportedModel(f"activation {activation} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    hidden, heads = _integer(settings, keys.hidden_size), _integer(settings, keys.num_heads)
+    hidden, heads = positive_integer(settings, keys.hidden_size), positive_integer(settings, keys.num_heads)
     if hidden % heads:
         raise InvalidModel(f"config.json: {keys.hidden_size} {hidden} is not a multiple of {keys.num_heads} {heads}")
     # transformers leaves id2label out of config.json when the labels are its own default two
@@ -182,8 +189,8 @@ def _config(settings: dict[str, Any], family: Family, classifier: bool) -> Encod
         architecture=family.model_type,
         hidden_size=hidden,
         num_heads=heads,
-        intermediate_size=_integer(settings, keys.intermediate_size),
-        vocab_size=_integer(settings, "vocab_size"),
+        intermediate_size=positive_integer(settings, keys.intermediate_size),
+        vocab_size=positive_integer(settings, "vocab_size"),
         max_positions=_positions(settings, family),
         activation=ACTIVATIONS[activation],
         labels=tuple(str(labels[key]) for key in sorted(labels, key=int)),
@@ -192,7 +199,7 @@ def _config(settings: dict[str, Any], family: Family, classifier: bool) -> Encod
 
 def _positions(settings: dict[str, Any], family: Family) -> int:
     """Tokens that the model takes."""
-    first, rows = family.first_position, _integer(settings, "max_position_embeddings")
+    first, rows = family.first_position, positive_integer(settings, "max_position_embeddings")
     if first and settings.get("pad_token_id", first - 1) != first - 1:
         raise UnsupportedModel(f"pad_token_id is {settings['pad_token_id']} in config.json; supported: {first - 1}")
     if rows <= first:
@@ -200,16 +207,14 @@ def _positions(settings: dict[str, Any], family: Family) -> int:
     return rows - first
 
 
-def _integer(settings: dict[str, Any], key: str) -> int:
-    value = settings.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise InvalidModel(f"config.json: {key} is {value!r}, expected a positive integer")
-    return value
-
-
 def _tokenizer(path: Path) -> str | None:
     file = path / "tokenizer.json"
-    if not file.is_file():
+    if not file.exists():
         return None
     read_json(file, dict)
-    return file.read_text(encoding="utf-8")
+    text = read_text(file)
+    try:
+        read_tokenizer(text)
+    except ValueError as error:
+        raise InvalidModel(f"{file} is not a tokenizer ({error}); copy the whole directory of the model") from None
+    return text

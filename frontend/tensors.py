@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.model import Float
 from tilewright.errors import InvalidModel
+from tilewright.files import open_regular
 
 # a bfloat16 is the upper half of a float32, so it is read as u16 and widened
 _STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
@@ -110,13 +111,11 @@ def read_safetensors(paths: Iterable[Path], prefix: str) -> Checkpoint:
     bfloat16 = set()
     for path in paths:
         try:
-            entries = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # not annotated there
+            entries = safetensors.deserialize(_read(path))  # type: ignore[no-untyped-call]  # not annotated there
         except (safetensors.SafetensorError, OSError) as error:
             raise InvalidModel(f"{path} is not a complete safetensors file: {_one_line(error)}; copy it again") from None
         for stored, entry in entries:
-            # gamma and beta are how checkpoints converted from TensorFlow call a LayerNorm's weight and bias
-            name = stored.removeprefix(prefix).replace("LayerNorm.gamma", "LayerNorm.weight")
-            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+            name = plain_name(stored, prefix)
             dtype = (_STORED | _OTHERS).get(entry["dtype"])
             if dtype is None:
                 raise InvalidModel(f"tensor {stored} has type {entry['dtype']}; supported: {', '.join(_STORED)}")
@@ -126,6 +125,17 @@ def read_safetensors(paths: Iterable[Path], prefix: str) -> Checkpoint:
             if entry["dtype"] == "BF16":
                 bfloat16.add(name)
     return Checkpoint(tensors, frozenset(bfloat16))
+
+
+def plain_name(stored: str, prefix: str) -> str:
+    """The name of a tensor without `prefix`; checkpoints converted from TensorFlow call LayerNorm's tensors gamma and beta."""
+    name = stored.removeprefix(prefix).replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def _one_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from tilewright.frontend import load
 from tilewright.pipeline.calibration import Method, Progress, Range, Text, asymmetric, calibrate, symmetric
 from tilewright.pipeline.checkpoint import write_checkpoint
 from tilewright.pipeline.provenance import append_step
+from tilewright.pipeline.torch_checkpoint import is_torch_directory, load_torch_directory
 
 METHODS: tuple[Method, ...] = ("minmax", "percentile")
 
@@ -59,7 +60,12 @@ def quantize(
     target = Path(output)
     if target.exists():
         raise InvalidInput(f"output {target} exists; remove it or choose another")
-    source = model if isinstance(model, EncoderModel) else load(model, self_check is not False)
+    if isinstance(model, EncoderModel):
+        source = model
+    elif is_torch_directory(Path(model)):
+        source = load_torch_directory(Path(model))
+    else:
+        source = load(model, self_check is not False)
     if any(linear.input is not None for linear in source.linears()):
         raise InvalidInput("the model is quantised already; give the float checkpoint it was made from")
     if self_check and not isinstance(model, EncoderModel) and Path(model).is_dir():

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from tests import fuzz_onnx
+from tests import fuzz_files, fuzz_onnx, tiny, toy
 from tilewright.commands.output import progress_bar
 
 Case = Callable[[Random], str]
@@ -42,7 +42,19 @@ def onnx_graphs(directory: Path) -> Case:
     return run
 
 
-FUZZERS: Mapping[str, Callable[[Path], Case]] = {"onnx": onnx_graphs}
+def checkpoints(directory: Path) -> Case:
+    """config.json and tokenizer.json of a Hugging Face directory, mutated."""
+    source = tiny.save(tiny.build("BertForTokenClassification"), directory / "source")
+    return lambda random: fuzz_files.judge_checkpoint(source, random.choice(fuzz_files.MUTATED), directory / "mutated", random)
+
+
+def manifests(directory: Path) -> Case:
+    """manifest.json of an artifact, mutated and mostly signed again."""
+    source = toy.write(directory / "toy.tw", toy.build_library(directory / "toy.so"))
+    return lambda random: fuzz_files.judge_manifest(source, directory / "mutated.tw", random)
+
+
+FUZZERS: Mapping[str, Callable[[Path], Case]] = {"onnx": onnx_graphs, "checkpoints": checkpoints, "manifests": manifests}
 """By kind: from an empty directory, in which it may keep what its cases share, to what runs them."""
 
 

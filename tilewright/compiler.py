@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,9 @@ from tilewright.codegen.model import EncoderModel, Head
 from tilewright.codegen.passes import dump
 from tilewright.codegen.workload import describe
 from tilewright.cpu import cpu_features
-from tilewright.errors import InvalidInput
-from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output, library_name
+from tilewright.errors import InvalidInput, InvalidModel
+from tilewright.frontend.config import read_json
+from tilewright.manifest import MAX_TOKENS, LayerRecord, LevelRecord, Limits, Manifest, Output, library_name
 from tilewright.schedules.apply import apply
 from tilewright.schedules.choice import Sparse, plan
 from tilewright.schedules.isa import Isa, known_cpu, resolve_all
@@ -68,6 +68,8 @@ def compile(
     Raises a TilewrightError with a one-line message; nothing is left at `output` then.
     """
     isas, cpu = resolve_all(target, cpu_features()), known_cpu(target)
+    if not 1 <= max_tokens <= MAX_TOKENS:
+        raise InvalidInput(f"max_tokens is {max_tokens}; expected 1 to {MAX_TOKENS}")
     check_output(output, overwrite=overwrite)
     progress("load")
     model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check)
@@ -152,6 +154,15 @@ def _head(head: Head) -> manifest.Head:
     return manifest.Head(head.kind, problem_type=head.problem)
 
 
+def _earlier(file: Path) -> dict[str, Any]:
+    """What the provenance.json `file` of a checkpoint says of it, its earlier steps above all."""
+    recorded: dict[str, Any] = read_json(file, dict)
+    steps = recorded.get("steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise InvalidModel(f"{file}: steps must be a list of objects; remove the file, or copy it again")
+    return recorded
+
+
 def _provenance(source: str | Path | EncoderModel, model: EncoderModel, settings: dict[str, Any]) -> dict[str, Any]:
     """The steps that led to the artifact: those recorded beside the checkpoint, then this one."""
     step: dict[str, Any] = {
@@ -169,5 +180,5 @@ def _provenance(source: str | Path | EncoderModel, model: EncoderModel, settings
         step["input_sha256"] = {str(file.relative_to(path)) if file != path else file.name: sha256(file) for file in files}
         recorded = path / "provenance.json"
         if recorded.is_file():
-            earlier = json.loads(recorded.read_text("utf-8"))
+            earlier = _earlier(recorded)
     return earlier | {"steps": [*earlier.get("steps", []), step]}

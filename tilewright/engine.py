@@ -22,9 +22,13 @@ from tilewright.manifest import GROUP, TOKENIZER, LevelRecord, Manifest
 from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, random_ids, summarize, time_calls
 from tilewright.packing import Float32, Int32, Packed, pack
 from tilewright.runtime import Executable, acquire_threads, release_threads
+from tilewright.tokenizer import guarded, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+MAX_THREADS = 1024
+"""More than any machine this is for has cores."""
 
 RUN_TOKENS = 256
 """Tokens of one run for each thread, if a batch has more than one sequence: their activations stay in the L2 cache."""
@@ -49,8 +53,8 @@ def load(path: str | Path, num_threads: int | None = None, isa: str | None = Non
     this machine lacks) and InvalidInput (num_threads below 1, a level not held). No code of the artifact runs before it is
     checked.
     """
-    if num_threads is not None and num_threads < 1:
-        raise InvalidInput(f"num_threads is {num_threads}; expected 1 or more")
+    if num_threads is not None:
+        check_count("num_threads", num_threads, MAX_THREADS)
     directory = Path(path)
     return consistently(directory, lambda: _load(directory, num_threads or available_cores(), isa))
 
@@ -90,6 +94,10 @@ class Engine:
         self._threads = acquire_threads(num_threads)
         weakref.finalize(self, release_threads, self._threads)
 
+    def __reduce__(self) -> Any:
+        """Engines hold code and threads of their process."""
+        raise InvalidInput("an engine cannot be pickled or copied; load the artifact where it is needed")
+
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """What a call takes."""
@@ -118,6 +126,9 @@ class Engine:
 
     def profile(self, inputs: Mapping[str, ArrayLike], iterations: int = 10) -> tuple[KernelTime, ...]:
         """Mean time of each kernel over `iterations` calls with `inputs`, the largest first."""
+        check_count("iterations", iterations)
+        if unknown := [name for name in inputs if name not in self.manifest.inputs]:
+            raise InvalidInput(f"inputs hold {unknown[0]!r}; the model takes {', '.join(self.manifest.inputs)}")
         packed = self._pack(**inputs)
         clock = KernelClock()
 
@@ -140,6 +151,10 @@ class Engine:
         warmup: int = 3,
     ) -> BenchmarkResult:
         """Time calls on random ids [batch, seq_len]: `iterations` of them, or for `duration` seconds."""
+        for name, count in (("batch", batch), ("seq_len", seq_len), ("iterations", 1 if iterations is None else iterations)):
+            check_count(name, count)
+        if not 0 <= duration < float("inf") or warmup < 0:
+            raise InvalidInput(f"duration is {duration} and warmup {warmup}; expected numbers that are not negative")
         ids = random_ids(self.manifest.limits.vocab_size, batch, seq_len)
         samples = time_calls(lambda: self(ids), duration=duration, iterations=iterations, warmup=warmup)
         return summarize(samples, batch, seq_len, self.num_threads)
@@ -156,7 +171,12 @@ class Engine:
                 tokenizer.enable_truncation(self.manifest.limits.max_positions)
             else:
                 tokenizer.no_truncation()
-            encodings = tokenizer.encode_batch(list(texts))
+            try:
+                encodings = guarded(lambda: tokenizer.encode_batch(list(texts)))
+            except ValueError as error:
+                raise InvalidInput(
+                    f"the texts cannot be encoded ({error}); expected a list of str, or of pairs of them"
+                ) from None
         shape = len(encodings), max((len(encoding.ids) for encoding in encodings), default=0)
         arrays: dict[str, NDArray[np.int64]] = {name: np.zeros(shape, np.int64) for name in self.manifest.inputs}
         for row, encoding in enumerate(encodings):
@@ -173,9 +193,10 @@ class Engine:
     def _tokenizer(self) -> Tokenizer:
         if self._tokenizer_text is None:
             raise InvalidInput("the artifact holds no tokenizer; pass input_ids instead of text")
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(self._tokenizer_text)
+        try:
+            tokenizer = read_tokenizer(self._tokenizer_text)
+        except ValueError as error:
+            raise InvalidArtifact(f"{TOKENIZER} is not a tokenizer ({error}); compile the model again") from None
         tokenizer.no_padding()  # the file may ask for padding to a fixed length
         return tokenizer
 
@@ -225,6 +246,12 @@ class Engine:
             array = packed.scatter(array) if output.per == "token" else array
             outputs[output.name] = array[..., 0] if output.squeeze else array
         return outputs
+
+
+def check_count(name: str, value: object, most: int = 2**31 - 1) -> None:
+    """Raise InvalidInput unless `value` is an integer from 1 to `most`."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= most:
+        raise InvalidInput(f"{name} is {value!r}; expected an integer from 1 to {most}")
 
 
 def _aligned_rows(rows: int, columns: int) -> Int32:

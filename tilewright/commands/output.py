@@ -44,7 +44,8 @@ def stderr() -> Console:
 
 def fail(message: str, code: int) -> typer.Exit:
     """Print `message` on one line of stderr; raise what this returns."""
-    stderr().print(f"error: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    printable = message.encode("utf-8", "backslashreplace").decode()  # names from files may hold halves of characters
+    stderr().print(f"error: {' '.join(printable.split())}", markup=False, soft_wrap=True)
     return typer.Exit(code)
 
 
