@@ -34,7 +34,7 @@ from tilewright.measure import random_ids
 LEVEL = "avx2"
 DOT, SCALAR = "dot products", "scalar"
 CLASSES = {
-    DOT: r"vpmaddwd ",
+    DOT: r"vpmadd(wd|ubsw) ",
     "vector loads and stores": r"vp?(mov|broadcast|ext|gather|mask)\w* .*\(",
     "shuffles and moves": r"vp?(mov|broadcast|ext|ins|unpck|shuf|perm|ack|blend|alignr)",
     "other vector": r"v(?!zero)",

@@ -13,18 +13,19 @@ from tilewright.errors import InvalidModel
 BLOCKS: dict[Block, tuple[Storage, ...]] = {
     (1, 4): (Storage("column", (1, 4)),),
     (4, 1): (Storage("gather", (4, 1)),),
-    (4, 4): (Storage("column", (4, 4)),),
+    (4, 4): (Storage("column", (4, 4)), Storage("gather", (4, 1))),
     (8, 1): (Storage("gather", (8, 1)), Storage("gather", (4, 1))),
     (8, 2): (Storage("row", (8, 2)), Storage("gather", (8, 1)), Storage("gather", (4, 1))),
-    (8, 4): (Storage("column", (8, 4)), Storage("column", (4, 4))),
+    (8, 4): (Storage("column", (8, 4)), Storage("column", (4, 4)), Storage("gather", (4, 1))),
     (16, 1): (Storage("gather", (16, 1)), Storage("gather", (4, 1))),
-    (16, 4): (Storage("tile_column", (16, 4)), Storage("row", (16, 4))),
-    (32, 4): (Storage("tile_column", (32, 4)), Storage("row", (32, 4))),
+    (16, 4): (Storage("tile_column", (16, 4)), Storage("row", (16, 4)), Storage("gather", (4, 1))),
+    (32, 4): (Storage("tile_column", (32, 4)), Storage("row", (32, 4)), Storage("gather", (4, 1))),
 }
 """Block shapes (outputs, inputs) that `detect_block` looks for, each with the ways to store it, best first.
 
-The first that is legal and fits the registers of an ISA level is used (`schedules/choice.py`); it may be of smaller blocks, as
-(8, 1) blocks are stored as (4, 1) where registers are few for their tile. `register_block` adds a shape.
+The first that is legal and fits the registers of an ISA level is used, but before it one that gathers, where only gathering
+multiplies bytes (`schedules/choice.py`). It may be of smaller blocks, as (8, 1) blocks are stored as (4, 1) where registers
+are few for their tile. `register_block` adds a shape.
 """
 
 NOTABLE_SPARSITY = 0.05

@@ -55,7 +55,11 @@ class LinearDecisions:
     row_block: outputs of one row-block: the stored block's, or those that a dense matrix is packed in.
     together: token groups whose channels stand together in the input of a gather kernel (see `Format`).
     token_tiles: token groups of a register tile in each of the kernel's loop nests, widest first; the last is always 1. A nest
-    takes as many whole tiles as there are, the next one what is left over; (4, 2, 1) and (1,) are known to work.
+    takes as many whole tiles as there are, the next one what is left over; (4, 2, 1), (2, 1) and (1,) are known to work.
+    depth: 0 where products are summed in 32 bits. Else they are summed in 16 bits, results of so many instructions at a time,
+    and columns are packed so that no sum can overflow (`codegen/budget.py`).
+    halves: whether a tile of several groups is multiplied in two halves, one after the other, because its accumulators do not
+    fit the registers.
     rows_at_once: row-blocks whose outputs a kernel finishes together, so that an epilogue stores whole packs of channels.
     partial_sums: blocks of a column kernel's entry, each of which is added to accumulators of its own; 1 unless row-blocks are
     single outputs.
@@ -69,6 +73,8 @@ class LinearDecisions:
     row_block: int
     together: int = 1
     token_tiles: tuple[int, ...] = (1,)
+    depth: int = 0
+    halves: bool = False
     rows_at_once: int = 1
     partial_sums: int = 1
     rows: int = 4

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.block_sparse import BlockSparseMatrix
+from tilewright.codegen.budget import EMPTY, LANES, share_lanes
 from tilewright.codegen.decisions import Family, LinearDecisions
-from tilewright.codegen.formats import GROUP
-from tilewright.codegen.kernels.linear import INDEX_BYTES
+from tilewright.codegen.kernels.linear import index_step
 from tilewright.codegen.tiles import TILE
 from tilewright.codegen.workload import PARTS
 from tilewright.errors import UnsupportedModel
@@ -103,11 +103,32 @@ def _pack_column(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLine
 
 
 def _pack_gather(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:
-    """Entries [bn, pack] of `pack` non-zero columns each; the last entry of a row-block is filled with zero weights."""
-    weight, index, indptr = in_entries(matrix, made.operands.pack)
-    index *= GROUP * np.dtype(made.operands.activation).itemsize // INDEX_BYTES
-    weight = weight[..., 0].transpose(0, 2, 1).astype(made.operands.weight)
-    return PackedLinear(matrix.data.size, *never_empty(weight, as_index(index, matrix)), indptr)
+    """Entries [bn, pack] of `pack` non-zero columns each; the last entry of a row-block is filled with zero weights.
+
+    With a depth, [bn, depth, pack] of depth * pack columns, among them zero ones wherever others would exceed the budget.
+    """
+    if made.depth:
+        weight, index, indptr = _in_lanes(matrix, made.depth)
+    else:
+        weight, index, indptr = in_entries(matrix, made.operands.pack)
+        weight = weight[..., 0].transpose(0, 2, 1)
+    index *= index_step(made, matrix.shape[1])
+    return PackedLinear(matrix.data.size, *never_empty(weight.astype(made.operands.weight), as_index(index, matrix)), indptr)
+
+
+def _in_lanes(matrix: BlockSparseMatrix, depth: int) -> tuple[NDArray[np.int8], NDArray[np.int64], NDArray[np.int32]]:
+    """Each row-block's columns as `share_lanes` puts them: [Z, bn, depth, 4], index [Z, depth * 4], indptr.
+
+    Products 0, 1 and 2, 3 of each of depth are those of one lane.
+    """
+    bins = share_lanes(matrix.data[..., 0].astype(np.int8), matrix.indptr, depth)
+    bn, pair = matrix.block[0], (LANES, depth, 2)
+    weight = bins.weight.reshape(-1, *pair, bn).transpose(0, 4, 2, 1, 3).reshape(-1, bn, depth, 2 * LANES)
+    index = np.where(bins.columns == EMPTY, 0, matrix.indices[bins.columns] if len(matrix.indices) else 0).astype(np.int64)
+    index = index.reshape(-1, *pair).transpose(0, 2, 1, 3).reshape(-1, 2 * LANES * depth)
+    if bins.excess.any():
+        raise AssertionError("sums of 16 bits could overflow")
+    return weight, index, (bins.indptr // LANES).astype(np.int32)
 
 
 def _pack_tile_column(made: LinearDecisions, matrix: BlockSparseMatrix) -> PackedLinear:

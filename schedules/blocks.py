@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from tilewright.codegen.block_sparse import BLOCKS
 from tilewright.codegen.decisions import Block, Family, Storage
+from tilewright.codegen.formats import QUADS, Operands
 from tilewright.codegen.tiles import TILE
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.intrinsics import IntrinSpec, find_intrinsic
 from tilewright.schedules.isa import ISAS, Isa
 
-DENSE, DENSE_TILES = Storage("row", None), Storage("tile_row", None)
+DENSE, DENSE_TILES, COLUMNS = Storage("row", None), Storage("tile_row", None), Storage("gather", (4, 1))
 
 
 def register_block(block: Block, *ways: Storage) -> None:
@@ -33,14 +34,30 @@ def dense(isa: Isa) -> Storage:
     return DENSE_TILES if isa.tiles else DENSE
 
 
+def operands(family: Family, isa: Isa) -> Operands:
+    """What the level's kernels of a family multiply.
+
+    Products of bytes that are summed in 16 bits are exact only if the packer can choose which share a lane: where columns are
+    gathered.
+    """
+    dot = find_intrinsic(isa.name, "tokens", QUADS.activation, QUADS.weight, QUADS.pack) if family == "gather" else None
+    return QUADS if dot is not None and dot.budget is not None else isa.operands
+
+
 def product(storage: Storage, isa: Isa) -> IntrinSpec | None:
     """The vector intrinsic that multiplies a matrix stored so; None for tiles, and where the level has none."""
-    held = isa.operands
+    held = operands(storage.family, isa)
     if storage.family == "row":
         return find_intrinsic(isa.name, "outputs", "int8", held.activation, held.pack)
     if storage.family in ("column", "gather"):
         return find_intrinsic(isa.name, "tokens", held.activation, held.weight, held.pack)
     return None
+
+
+def sums_in_16_bits(storage: Storage, isa: Isa) -> bool:
+    """Whether the level's product is one of bytes with a budget, that of `codegen/budget.py`."""
+    dot = product(storage, isa)
+    return dot is not None and dot.budget is not None
 
 
 def legal(storage: Storage, isa: Isa) -> bool:

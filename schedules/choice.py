@@ -15,8 +15,9 @@ from tilewright.codegen.formats import GROUP
 from tilewright.codegen.model import EncoderModel, Layer, Linear
 from tilewright.codegen.plan import LayerPlan, LinearPlan, Plan
 from tilewright.codegen.workload import density_bucket
-from tilewright.schedules.blocks import dense, legal, product
+from tilewright.schedules.blocks import COLUMNS, DENSE, dense, legal, product, sums_in_16_bits
 from tilewright.schedules.decide import decide_attention, decide_linear
+from tilewright.schedules.depth import ROW_COST, choose_depth
 from tilewright.schedules.isa import Isa
 from tilewright.schedules.rates import Kind, LevelRates, find
 
@@ -35,7 +36,9 @@ class Choice:
 def sparse_storage(block: Block, isa: Isa) -> Storage | None:
     """The best way to store `block` that is legal on the level and fits its registers, whether it pays or not."""
     ways = [way for way in BLOCKS.get(block, ()) if legal(way, isa)]
-    return next((way for way in ways if _fits(way, isa)), ways[-1] if ways else None)
+    fitting = [way for way in ways if _fits(way, isa)] or ways[-1:]
+    # where gathering alone multiplies bytes, it outdoes kernels that were listed for their larger blocks
+    return next((way for way in fitting if sums_in_16_bits(way, isa)), fitting[0] if fitting else None)
 
 
 def choose(n: int, k: int, kind: Kind, block: Block | None, density: float, isa: Isa, rates: LevelRates | None) -> Choice:
@@ -67,7 +70,7 @@ def plan(model: EncoderModel, isa: Isa, cpu: str | None = None, sparse: Sparse =
     rates = find(isa.name, cpu) if sparse == "auto" else None
     if sparse == "never":
         model = _without_blocks(model)
-    layers = tuple(_layer(layer, model.config.head_dim, isa, rates) for layer in model.layers)
+    layers = tuple(_layer(layer, model.config.head_dim, isa, rates, sparse != "never") for layer in model.layers)
     streams = Counter(linear.decisions.storage.lanes for layer in layers for linear in layer.linears())
     return Plan(isa.name, layers, streams.most_common(1)[0][0] if streams else "rows")
 
@@ -86,19 +89,22 @@ def _without_blocks(model: EncoderModel) -> EncoderModel:
     return replace(model, layers=tuple(map(layer, model.layers)))
 
 
-def _layer(layer: Layer, head_dim: int, isa: Isa, rates: LevelRates | None) -> LayerPlan:
+def _layer(layer: Layer, head_dim: int, isa: Isa, rates: LevelRates | None, gathers: bool) -> LayerPlan:
     attention = layer.attention
     return LayerPlan(
-        _linear((attention.query, attention.key, attention.value), "qkv", isa, rates),
+        _linear((attention.query, attention.key, attention.value), "qkv", isa, rates, gathers),
         decide_attention(head_dim, isa),
-        _linear((attention.output,), "add_norm", isa, rates),
-        _linear((layer.up,), "activate", isa, rates),
-        _linear((layer.down,), "add_norm", isa, rates),
+        _linear((attention.output,), "add_norm", isa, rates, gathers),
+        _linear((layer.up,), "activate", isa, rates, gathers),
+        _linear((layer.down,), "add_norm", isa, rates, gathers),
     )
 
 
-def _linear(parts: tuple[Linear, ...], kind: Kind, isa: Isa, rates: LevelRates | None) -> LinearPlan:
-    """The plan of linears that share one kernel: they must agree on the block, or the kernel is dense."""
+def _linear(parts: tuple[Linear, ...], kind: Kind, isa: Isa, rates: LevelRates | None, gathers: bool) -> LinearPlan:
+    """The plan of linears that share one kernel: they must agree on the block, or the kernel is dense.
+
+    gathers: whether a dense matrix may be kept as columns, of which those of zeros are skipped.
+    """
     n, k = sum(len(part.weight) for part in parts), parts[0].weight.shape[1]
     found = {part.block for part in parts}
     block = found.pop() if len(found) == 1 else None
@@ -110,7 +116,21 @@ def _linear(parts: tuple[Linear, ...], kind: Kind, isa: Isa, rates: LevelRates |
         if not all(_admits(chosen.storage, isa, part.weight) for part in parts):
             chosen = Choice(dense(isa), f"computed as dense: values are out of the range of {isa.name}'s products")
     bucket = density_bucket(density) if chosen.storage.block else 100
-    return LinearPlan(decide_linear(chosen.storage, n, k, bucket, isa), block, bucket, chosen.reason)
+    chosen, depth = _with_depth(chosen, np.concatenate([part.weight for part in parts]), isa, gathers)
+    return LinearPlan(decide_linear(chosen.storage, n, k, bucket, isa, depth), block, bucket, chosen.reason)
+
+
+def _with_depth(chosen: Choice, weight: NDArray[np.generic], isa: Isa, gathers: bool) -> tuple[Choice, int]:
+    """The choice for weight s8[N, K] with the depth of its sums in 16 bits, dense matrices as columns where that is faster."""
+    as_columns = gathers and sums_in_16_bits(COLUMNS, isa) and len(weight) % 4 == 0 and _admits(COLUMNS, isa, weight)
+    if chosen.storage == DENSE and as_columns:
+        found = choose_depth(weight, 4)
+        if found.cost < ROW_COST:
+            reason = chosen.reason or f"dense, kept as {COLUMNS.block} columns, which {isa.name} multiplies as bytes"
+            return Choice(COLUMNS, reason), found.depth
+    if chosen.storage.block is None or not sums_in_16_bits(chosen.storage, isa):
+        return chosen, 1
+    return chosen, choose_depth(weight, chosen.storage.block[0]).depth
 
 
 def _density(linear: Linear, block: Block | None) -> float:
@@ -134,6 +154,6 @@ def _fits(storage: Storage, isa: Isa) -> bool:
         return True
     vectors = storage.block[0] * GROUP // isa.lanes
     if storage.family == "gather":
-        together = decide_linear(storage, storage.block[0], storage.block[1], 100, isa).together
-        return vectors * together <= isa.registers // 2
+        made = decide_linear(storage, storage.block[0], storage.block[1], 100, isa)
+        return vectors * made.together // (2 if made.halves else 1) <= isa.registers // 2
     return vectors <= isa.registers

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from tilewright.codegen.decisions import AttentionDecisions, LinearDecisions, Storage
-from tilewright.codegen.formats import GROUP
+from tilewright.codegen.formats import GROUP, Operands
 from tilewright.codegen.workload import PARTS
+from tilewright.schedules.blocks import operands, sums_in_16_bits
 from tilewright.schedules.isa import Isa
 
 CHUNK_WEIGHTS = 128 << 10
 """Stored weights that a chunk holds at most, so that they stay in the L2 cache beside the activations."""
 
 
-def decide_linear(storage: Storage, n: int, k: int, density: int, isa: Isa) -> LinearDecisions:
-    """Decisions for a matrix of `n` outputs and `k` inputs, `density` percent of whose blocks are non-zero."""
-    rows = _row_block(storage, n, isa)
+def decide_linear(storage: Storage, n: int, k: int, density: int, isa: Isa, depth: int = 1) -> LinearDecisions:
+    """Decisions for a matrix of `n` outputs and `k` inputs, `density` percent of whose blocks are non-zero.
+
+    depth: that of `LinearDecisions`, where products are summed in 16 bits.
+    """
+    held, rows = operands(storage.family, isa), _row_block(storage, n, isa)
+    narrow = sums_in_16_bits(storage, isa)
     at_once = _rows_at_once(storage, rows, n, isa)
-    together = _together(storage, isa)
+    together = _together(storage, held, narrow, isa)
     blocks = n // rows // at_once
     return LinearDecisions(
         storage=storage,
-        operands=isa.operands,
+        operands=held,
         row_block=rows,
         together=together,
         token_tiles=_token_tiles(storage, rows, together, isa),
+        depth=depth if narrow else 0,
+        halves=together > 1 and isa.registers < 32,
         rows_at_once=at_once,
         partial_sums=_partial_sums(storage, rows, isa),
         rows=_rows(rows, isa),
@@ -43,9 +50,14 @@ def _row_block(storage: Storage, n: int, isa: Isa) -> int:
     return next(width for width in widths if n % width == 0)
 
 
-def _together(storage: Storage, isa: Isa) -> int:
-    """As many groups as a wide register holds bytes of, where bytes are gathered."""
-    return 4 if storage.family == "gather" and isa.registers == 32 and isa.operands.pack == 4 else 1
+def _together(storage: Storage, held: Operands, narrow: bool, isa: Isa) -> int:
+    """As many groups as a register holds bytes of, where bytes are gathered and its size permits.
+
+    vpdpbusd with 16 registers takes single groups: in two halves it would load rows twice.
+    """
+    if storage.family != "gather" or held.pack != 4:
+        return 1
+    return 4 if isa.registers == 32 else 2 if narrow else 1
 
 
 def _token_tiles(storage: Storage, rows: int, together: int, isa: Isa) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.isa import ISAS
 
 Form = Literal["tokens", "outputs"]
-Emit = Callable[["IntrinSpec", Any, list[tuple[Any, Any]]], Any]
+Emit = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class IntrinSpec:
     """One dot product, exact for all values within `vector_range` and `scalar_range` (inclusive) that keep its `budget`.
 
     Layout: vector [lanes, pack], scalar [pack] and C [lanes], each row-major and contiguous; behind depth if it is not 1.
-    step: lanes of one instruction. emit: (spec, C, depth times (vector, scalar repeated step times)) -> C, as TIR vectors.
+    step: lanes of one instruction. emit: (spec, C, vector, scalar repeated step times) -> C, as TIR vectors; with a
+    depth, it gets that many vectors and scalars in turn.
     budget: None if no sum can saturate. Else a precondition: products p = 0, 1 and p = 2, 3 of all of depth are each summed in
     16 bits, and in either half the positive values of scalar sum to at most `budget`, the negative ones to at least -budget.
     """
@@ -74,18 +75,17 @@ _PMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.
 _PMADDUBSW = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"}
 
 
-def _madd(spec: IntrinSpec, acc: Any, operands: list[tuple[Any, Any]]) -> Any:
+def _madd(spec: IntrinSpec, acc: Any, vector: Any, scalar: Any) -> Any:
     """pmaddwd and paddd: a pair of s16 products cannot exceed s32 unless all four factors are -32768."""
-    ((vector, scalar),) = operands
     wide = tirx.Cast(f"int16x{spec.step * 2}", vector) if spec.vector == "int8" else vector
     return acc + tirx.call_llvm_pure_intrin(f"int32x{spec.step}", _PMADDWD[spec.step], wide, scalar)
 
 
-def _maddubs(spec: IntrinSpec, acc: Any, operands: list[tuple[Any, Any]]) -> Any:
+def _maddubs(spec: IntrinSpec, acc: Any, *operands: Any) -> Any:
     """vpmaddubsw, vpaddw, vpmaddwd by ones and vpaddd: pairs of u8 x s8 are summed in s16, where the first saturates."""
     halves = f"int16x{2 * spec.step}"
     total = None
-    for vector, scalar in operands:
+    for vector, scalar in zip(operands[::2], operands[1::2], strict=True):
         signed = (tirx.reinterpret(f"int8x{4 * spec.step}", operand) for operand in (vector, scalar))
         pairs = tirx.call_llvm_pure_intrin(halves, _PMADDUBSW[spec.step], *signed)
         total = pairs if total is None else total + pairs
@@ -93,12 +93,11 @@ def _maddubs(spec: IntrinSpec, acc: Any, operands: list[tuple[Any, Any]]) -> Any
     return acc + tirx.call_llvm_pure_intrin(f"int32x{spec.step}", _PMADDWD[spec.step], total, ones)
 
 
-def _vpdpbusd(spec: IntrinSpec, acc: Any, operands: list[tuple[Any, Any]]) -> Any:
+def _vpdpbusd(spec: IntrinSpec, acc: Any, vector: Any, scalar: Any) -> Any:
     """vpdpbusd: four u8 x s8 products and the accumulator summed in s32 without saturation. The u8 operand comes first.
 
     LLVM has one intrinsic per width; it encodes the 256-bit one as VEX where the CPU has avxvnni but no AVX-512.
     """
-    ((vector, scalar),) = operands
     ordered = (vector, scalar) if spec.vector == "uint8" else (scalar, vector)
     signed = (tirx.reinterpret(f"int8x{spec.step * 4}", operand) for operand in ordered)
     return tirx.call_llvm_pure_intrin(f"int32x{spec.step}", f"llvm.x86.avx512.vpdpbusd.{spec.step * 32}", acc, *signed)
@@ -258,10 +257,11 @@ def _implement_deep(spec: IntrinSpec) -> Any:
 
 def _product(spec: IntrinSpec, C: Any, vector: Any, scalar: Any, first: int) -> Any:
     """C for `step` lanes from lane `first`; a scalar operand has 32 bits."""
-    pack, step, operands = spec.pack, spec.step, []
+    pack, step = spec.pack, spec.step
+    operands: list[Any] = []
     for d in range(spec.depth):
         at = [d] if spec.depth > 1 else []
         word = tirx.reinterpret("int32", scalar.vload([*at, 0], f"{spec.scalar}x{pack}"))
         repeated = tirx.reinterpret(f"{spec.scalar}x{pack * step}", tirx.Broadcast(word, step))
-        operands.append((vector.vload([*at, first, 0], f"{spec.vector}x{pack * step}"), repeated))
-    return spec.emit(spec, C.vload([first], f"int32x{step}"), operands)
+        operands += [vector.vload([*at, first, 0], f"{spec.vector}x{pack * step}"), repeated]
+    return spec.emit(spec, C.vload([first], f"int32x{step}"), *operands)

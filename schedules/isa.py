@@ -20,7 +20,7 @@ _X86 = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 
 @dataclass(frozen=True)
 class Isa:
-    """One level of integer arithmetic. Every level is exact: none uses an instruction that saturates intermediate sums.
+    """One level of integer arithmetic. Every level is exact: what could saturate is packed so that it does not.
 
     mcpu: LLVM CPU of the level; code is generated for it whatever CPU is named, so that an artifact needs exactly
     `features` (LLVM names). attributes: features added to mcpu. lanes: int32 of one vector register, of which there are

@@ -74,9 +74,12 @@ def _schedule_tokens(sch: Schedule, spec: KernelSpec, tile: int) -> None:
         *_, part, _, _ = sch.get_loops(product)
         totals, product = [product], sch.rfactor(part, factor_axis=3)  # [q, nb, ni, part, j, t]
     q, nb, ni, j, t, e, *packs, _ = sch.get_loops(product)
-    rows = made.rows_at_once
-    outer, unrolled = ([ni], []) if rows > 1 else ([], [ni])  # row-blocks have entries of their own
-    sch.reorder(q, nb, *outer, e, *packs, *unrolled, j, t)
+    rows, halves = made.rows_at_once, made.halves and tile > 1
+    outer, unrolled = ([ni], [j]) if rows > 1 else ([], [ni, j])  # row-blocks have entries of their own
+    if halves:  # which half is known to each copy of its loop
+        outer, unrolled = [j], [ni]
+    deep = [packs.pop()] if made.depth > 1 else []
+    sch.reorder(q, nb, *outer, e, *packs, *unrolled, t, *deep)
     inner = outer_loops(sch, q, nb, made.chunks)
     for total in totals:
         sch.reverse_compute_at(total, outer[-1] if outer else inner)
@@ -92,8 +95,8 @@ def _schedule_tokens(sch: Schedule, spec: KernelSpec, tile: int) -> None:
     sch.annotate(e, SPARSE_AXIS, rows)
     init = sch.decompose_reduction(product, e)
     held = made.operands
-    sch.tensorize(t, intrinsic(spec.isa, "tokens", held.activation, held.weight, held.pack).name)
-    for loop in (*packs, *unrolled, j):
+    sch.tensorize(t, intrinsic(spec.isa, "tokens", held.activation, held.weight, held.pack, max(made.depth, 1)).name)
+    for loop in (*packs, *unrolled, *([j] if halves else [])):
         sch.unroll(loop)
     for block in (init, *totals, epilogue):
         above = OUTER if block is epilogue else OUTER + len(outer)

@@ -24,6 +24,7 @@ from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.tiles import LEFT, RIGHT, ROW_BYTES, TILE, TILE_SPECS, TILE_TASKS, TileSpec, configure_tiles
 from tilewright.codegen.workload import KernelSpec
 from tilewright.schedules.apply import schedule
+from tilewright.schedules.blocks import COLUMNS, sums_in_16_bits
 from tilewright.schedules.decide import decide_attention
 from tilewright.schedules.intrinsics import INTRINSICS, intrinsic
 from tilewright.schedules.isa import Isa
@@ -58,6 +59,8 @@ def cases(isa: Isa) -> dict[str, Callable[[], Case]]:
     for family, block in linear_cases(isa.name):
         label = "dense" if block is None else f"{block[0]}x{block[1]}"
         named[f"{family}_{label}"] = partial(sums, isa, family, block)
+    if sums_in_16_bits(COLUMNS, isa):
+        named["gather_4x1_depth_2"] = partial(sums, isa, COLUMNS.family, COLUMNS.block, depth=2)
     for consumer in FAMILY_LAYOUT.values():
         named[f"attention_{consumer}"] = partial(context, isa, consumer)
     return named
@@ -66,7 +69,7 @@ def cases(isa: Isa) -> dict[str, Callable[[], Case]]:
 def dot(name: str) -> Case:
     """Random and extreme operands of an intrinsic."""
     spec = INTRINSICS[name]
-    intrinsic(spec.isa, spec.form, spec.vector, spec.scalar, spec.pack)
+    intrinsic(spec.isa, spec.form, spec.vector, spec.scalar, spec.pack, spec.depth)
     sch = Schedule(tvm.IRModule({"main": loop_nest(spec)}))
     sch.tensorize(sch.get_loops(sch.get_sblock("dot"))[1], name)
 
@@ -108,9 +111,9 @@ def tile_product(spec: TileSpec, quads: int) -> Case:
     return Case(configure_tiles(builder.get()), [(drawn, check)])
 
 
-def sums(isa: Isa, family: Family, block: tuple[int, int] | None, inputs: int = K) -> Case:
+def sums(isa: Isa, family: Family, block: tuple[int, int] | None, inputs: int = K, **decided: int) -> Case:
     """Integer sums of a linear kernel: random values and an empty row-block, all at the ends of their ranges, no blocks."""
-    spec = linear_spec(isa, Storage(family, block), N, inputs, Raw())
+    spec = linear_spec(isa, Storage(family, block), N, inputs, Raw(), **decided)
 
     def call(seed: int, density: float, extreme: bool) -> Call:
         random = np.random.default_rng(seed)

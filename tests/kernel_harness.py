@@ -136,9 +136,11 @@ class LinearKernel(Kernel):
 
 
 @cache
-def linear_kernel(isa: str, family: Family, block: tuple[int, int] | None, n: int, k: int, epilogue: Epilogue) -> LinearKernel:
-    """The compiled kernel, made once in a test run."""
-    return LinearKernel(linear_spec(ISAS[isa], Storage(family, block), n, k, epilogue), epilogue)
+def linear_kernel(
+    isa: str, family: Family, block: tuple[int, int] | None, n: int, k: int, epilogue: Epilogue, **decided: Any
+) -> LinearKernel:
+    """The compiled kernel, made once in a test run; `decided` replaces default decisions."""
+    return LinearKernel(linear_spec(ISAS[isa], Storage(family, block), n, k, epilogue, **decided), epilogue)
 
 
 def to_stored(x: Array, stored: Format) -> Array:

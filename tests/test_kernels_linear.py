@@ -83,8 +83,8 @@ def draw_activations(random: np.random.Generator, values: str, tokens: int, k: i
     return random.integers(0, 256, (tokens, k)).astype(np.uint8)
 
 
-def check(isa: str, family, block, n: int, k: int, tokens: int, mask: str, values: str, seed: int) -> None:
-    kernel = linear_kernel(isa, family, block, n, k, Raw())
+def check(isa: str, family, block, n: int, k: int, tokens: int, mask: str, values: str, seed: int, **decided: object) -> None:
+    kernel = linear_kernel(isa, family, block, n, k, Raw(), **decided)
     random = np.random.default_rng(seed)
     weight = draw_weight(random, mask, values, n, k, block or (1, 1))
     x = draw_activations(random, values, round_up(tokens), k)
@@ -101,6 +101,31 @@ def check(isa: str, family, block, n: int, k: int, tokens: int, mask: str, value
 @given(tokens=TOKENS, mask=st.sampled_from(MASKS), values=st.sampled_from(VALUES), seed=st.integers(0, 2**32 - 1))
 def test_sums_are_exact(isa: str, family, block, n: int, k: int, tokens: int, mask: str, values: str, seed: int) -> None:
     check(isa, family, block, n, k, tokens, mask, values, seed)
+
+
+@pytest.mark.parametrize(
+    ("isa", "n", "k"), [level(isa, *size) for isa in ("avx2", "avx512") for size in [*SIZES, (4, 50), (8, 20)]]
+)
+@EXAMPLES
+@given(tokens=TOKENS, mask=st.sampled_from(MASKS), values=st.sampled_from(VALUES), seed=st.integers(0, 2**32 - 1))
+def test_bytes_of_depth_2_are_exact(isa: str, n: int, k: int, tokens: int, mask: str, values: str, seed: int) -> None:
+    """Eight columns an entry, their sums in 16 bits: of all groups, pairs of groups and the last group."""
+    check(isa, "gather", (4, 1), n, k, tokens, mask, values, seed, depth=2)
+
+
+@pytest.mark.parametrize("isa", [level("avx2"), level("avx512")])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_activations_that_drive_every_lane_to_its_end(isa: str, depth: int) -> None:
+    """255 where a weight is positive, or negative, for each output in turn: where a sum that overflowed would show."""
+    n, k = 16, 96
+    random = np.random.default_rng(0)
+    kernel = linear_kernel(isa, "gather", (4, 1), n, k, Raw(), depth=depth)
+    for weight in (random.choice([-127, 127], (n, k)), random.integers(-127, 128, (n, k))):
+        x = np.concatenate([np.where(sign * weight > 0, 255, 0) for sign in (1, -1)]).astype(np.uint8)
+        unused = np.zeros(n, np.float32)
+        inputs = kernel.arrays(x, weight.astype(np.int8), fold=np.zeros(n, np.int32), scale=unused, bias=unused)
+        sums = kernel(inputs, {"sums": group_shape(len(x), n, "columns")})["sums"]
+        np.testing.assert_array_equal(from_groups(sums, "columns"), product(x, weight))
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,11 @@ def test_each_level_has_its_weights_and_equal_ones_are_stored_once(
 
 
 def test_levels_of_one_packing_need_no_further_weights(model: EncoderModel, tmp_path: Path) -> None:
-    both = tilewright.compile(model, "portable,avx2", tmp_path / "both.tw", sparse="always").path
+    """avx512 stores the bytes of avx2, but counts their columns otherwise, because its rows are longer."""
+    both = tilewright.compile(model, "avx2,avx512", tmp_path / "both.tw", sparse="always").path
     alone = tilewright.compile(model, "avx2", tmp_path / "alone.tw", sparse="always").path
-    assert (both / "weights.safetensors").read_bytes() == (alone / "weights.safetensors").read_bytes()
+    further = map_weights(both / "weights.safetensors").keys() - map_weights(alone / "weights.safetensors").keys()
+    assert all(name.endswith(".index@avx512") for name in further), further
     assert (both / "model.avx2.so").stat().st_size == (alone / "model.avx2.so").stat().st_size
     if runs_here("avx2"):
         found, expected = (tilewright.load(path, num_threads=1, isa="avx2")(**INPUTS) for path in (both, alone))

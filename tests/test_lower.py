@@ -118,7 +118,7 @@ def test_kernels_of_equal_layers_are_shared_and_of_different_ones_not(bert: Enco
     weight[:, 8:] = 0
     sparse = replace(layer, down=replace(layer.down, weight=weight, block=(4, 1)))
     mixed = replace(bert, layers=(layer, sparse, layer, sparse))
-    specs = lowered(mixed).specs
+    specs = lowered(mixed, "avxvnni").specs  # avx2 keeps dense matrices as columns, too
     assert {spec.linear.block for name, spec in specs.items() if name.startswith("down")} == {None, (4, 1)}
 
 
@@ -169,7 +169,7 @@ def test_reports(bert: EncoderModel) -> None:
     assert reports["layer0.down"].density == pytest.approx(mask.mean())
     assert reports["layer0.down"].workload.density == min(100, -(-round(mask.mean() * 100) // 5) * 5)
     assert reports["layer0.down"].reason == ""
-    assert reports["layer0.up"].spec.linear.block is None
+    assert reports["layer0.up"].spec.linear.block == (4, 1)  # how avx2 keeps dense matrices
     assert "dense" in reports["layer0.up"].reason
 
 

@@ -44,7 +44,7 @@ from tilewright.codegen.plan import LayerPlan
 from tilewright.codegen.workload import GROUP, describe
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.apply import apply
-from tilewright.schedules.blocks import DENSE, DENSE_TILES, register_block
+from tilewright.schedules.blocks import COLUMNS, DENSE, DENSE_TILES, operands, register_block, sums_in_16_bits
 from tilewright.schedules.choice import Choice, choose, plan, sparse_storage
 from tilewright.schedules.intrinsics import INTRINSICS
 from tilewright.schedules.isa import ISAS, Isa
@@ -148,7 +148,7 @@ def test_every_decision_gives_the_same_sums(isa: str, family, block) -> None:
 
 def test_every_field_that_a_tuner_may_choose_is_varied_above() -> None:
     """What is not: how weights and activations are stored, and what goes with single outputs only."""
-    fixed = {"storage", "operands", "row_block", "together", "rows_at_once", "partial_sums"}
+    fixed = {"storage", "operands", "row_block", "together", "depth", "halves", "rows_at_once", "partial_sums"}
     assert set(DECISIONS) | fixed == {field.name for field in dataclasses.fields(LinearDecisions)}
 
 
@@ -161,7 +161,7 @@ def test_default_decisions_divide_the_kernel(isa: str, family, block, n: int) ->
 
 
 def test_apply_leaves_other_functions_alone() -> None:
-    spec = linear_spec(ISAS["avx2"], Storage("gather", (4, 1)), 64, 64, Raw())
+    spec = linear_spec(ISAS["avx2"], Storage("row", (16, 4)), 64, 64, Raw())
     own = foreign = linear(spec, Raw())
     module = tvm.IRModule({"own": own, "foreign": foreign})
     done = apply(module, {"own": spec})
@@ -225,7 +225,7 @@ def test_sparse_is_chosen_where_the_rates_say_that_it_takes_less_time() -> None:
     assert chosen(0.49, "activate").storage.block == (4, 1) and chosen(0.51, "activate").storage == DENSE
     assert "never pays" in chosen(0.0, "add_norm").reason
     assert chosen(0.0, block=None) == Choice(DENSE)
-    assert chosen(0.99, block=(4, 4)).storage.block == (4, 4)  # of which the rates know nothing
+    assert chosen(0.99, block=(1, 4)).storage.block == (1, 4)  # of which the rates know nothing
     assert chosen(0.99, known=None).storage.block == (4, 1)
 
 
@@ -233,8 +233,8 @@ def test_weights_out_of_range_of_a_product_are_not_given_to_it(monkeypatch: pyte
     isa = ISAS["avx2"]
     model = model_of(((4, 1),) * 6)
     model.layers[0].up.weight[0, 0] = -128
-    assert plan(model, isa, sparse="always").layers[0].up.decisions.block == (4, 1)  # as 16-bit products take any byte
-    name = next(name for name, spec in INTRINSICS.items() if (spec.isa, spec.form) == ("avx2", "tokens"))
+    assert plan(model, isa, sparse="always").layers[0].up.decisions.block == (4, 1)  # any byte is taken
+    name = next(name for name, spec in INTRINSICS.items() if (spec.isa, spec.vector, spec.depth) == ("avx2", "uint8", 1))
     monkeypatch.setitem(INTRINSICS, name, dataclasses.replace(INTRINSICS[name], scalar_range=(-127, 127)))
     narrow = plan(model, isa, sparse="always").layers[0]
     assert (narrow.up.decisions.storage, narrow.down.decisions.block) == (DENSE, (4, 1))
@@ -250,11 +250,13 @@ def test_plan_of_a_model(isa: Isa) -> None:
     fine, square, coarse = (4, 1), (4, 4), (16, 4)
     made = plan(model_of((fine,) * 6, (coarse, coarse, coarse, None, fine, (64, 64))), isa, sparse="always")
     assert made.isa == isa.name
-    assert {linear.decisions.operands for layer in made.layers for linear in layer.linears()} == {isa.operands}
+    assert {linear.decisions.operands for linear in made.layers[0].linears()} == {operands("gather", isa)}
     assert made.residual == "columns"  # at least five of eight kernels have tokens for lanes
     assert stored(made.layers[0]) == [Storage("gather", fine)] * 4
     second = made.layers[1]
     wide, dense = (Storage("tile_column", coarse), DENSE_TILES) if isa.tiles else (Storage("row", coarse), DENSE)
+    if sums_in_16_bits(COLUMNS, isa):  # the one way to multiply bytes there
+        wide = dense = COLUMNS
     assert stored(second) == [wide, dense, Storage("gather", fine), dense]
     assert "no kernel for block (64, 64)" in second.down.reason
     assert plan(model_of((coarse,) * 6), isa, sparse="always").residual == FAMILY_LANES[wide.family]
@@ -270,7 +272,7 @@ def test_query_key_and_value_share_one_kernel() -> None:
     )
     assert same.decisions.storage == Storage("gather", fine)
     for merged in (mixed, half):
-        assert merged.decisions.storage == DENSE
+        assert merged.decisions.storage == COLUMNS  # dense at this level
         assert "q, k and v" in merged.reason
 
 

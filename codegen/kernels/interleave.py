@@ -14,20 +14,21 @@ Shuffle = Callable[[Sequence[Any], list[int]], Any]
 """(vectors, order): elements of the vectors one after the other, in that order."""
 
 
-def interleave(rows: list[Expr], pack: int, tile: int) -> list[Expr]:
+def interleave(rows: list[Expr], pack: int, tile: int, halved: bool = False) -> list[Expr]:
     """`tile` vectors [16, pack] from `pack` rows of tile * 16 tokens each, which come out in the order of `lane_of`.
 
-    The order is that of vpunpck, which works within 128 bits; sums are put in order once, entries are many.
+    The order is that of vpunpck, which works within 128 bits; sums are put in order once, entries are many. halved: the first
+    half of the vectors takes the first half of each 128 bits of the rows, so that each can be made without the other.
     """
-    return _interleave(rows, pack, tile, tirx.Shuffle)
+    return _interleave(rows, pack, tile, halved, tirx.Shuffle)
 
 
-def lane_of(token: int, pack: int, tile: int) -> tuple[int, int]:
+def lane_of(token: int, pack: int, tile: int, halved: bool = False) -> tuple[int, int]:
     """The vector of `interleave`, and the lane in it, in which `token` of a tile comes out."""
-    return _lanes(pack, tile)[token]
+    return _lanes(pack, tile, halved)[token]
 
 
-def in_order(sums: list[Expr], pack: int, tile: int) -> list[Expr]:
+def in_order(sums: list[Expr], pack: int, tile: int, halved: bool = False) -> list[Expr]:
     """Vectors of 16 sums as `interleave` leaves them, put in the order of tokens: one for each group."""
     if tile == pack == 4:  # quad v of group g is quad g of vector v; to exchange them takes two shuffles a vector
         halves = [
@@ -35,17 +36,23 @@ def in_order(sums: list[Expr], pack: int, tile: int) -> list[Expr]:
             for half in (0, 2)
         ]
         return [tirx.Shuffle(pair, _quads(odd, odd + 2, odd + 4, odd + 6)) for pair in halves for odd in (0, 1)]
-    places = [lane_of(token, pack, tile) for token in range(tile * GROUP)]
+    places = [lane_of(token, pack, tile, halved) for token in range(tile * GROUP)]
     lanes = [GROUP * vector + lane for vector, lane in places]
     return [tirx.Shuffle(sums, lanes[first : first + GROUP]) for first in range(0, tile * GROUP, GROUP)]
 
 
 def bytes_in_order(vectors: list[Expr]) -> Expr:
-    """Rows of four groups in the order of tokens, as one vector of u8, from four vectors of s32 in 0..255.
+    """A row of two or four groups in the order of tokens, as one vector of u8, from as many vectors of s32 in 0..255.
 
-    They stand as `interleave` leaves those of a tile of four at a pack of four. A dword takes a byte of each vector; within
-    128 bits, bytes and dwords then change places.
+    They stand as `interleave` leaves those of a tile at a pack of four, halved if of two groups. Of four, a dword takes a byte
+    of each vector; within 128 bits, bytes and dwords then change places. Of two, vpackssdw and vpackuswb undo vpunpck.
     """
+    if len(vectors) == 2:
+        words = []
+        for vector in vectors:
+            parts = [tirx.Shuffle([vector], list(range(first, first + 8))) for first in (0, 8)]
+            words.append(tirx.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.packssdw", *parts))
+        return tirx.reinterpret("uint8x32", tirx.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.packuswb", *words))
     word = vectors[0]
     for number, vector in enumerate(vectors[1:], 1):
         word = tirx.bitwise_or(word, tirx.shift_left(vector, tirx.Broadcast(tirx.const(8 * number, "int32"), GROUP)))
@@ -68,18 +75,18 @@ def _quads(*numbers: int) -> list[int]:
 
 
 @cache
-def _lanes(pack: int, tile: int) -> dict[int, tuple[int, int]]:
+def _lanes(pack: int, tile: int, halved: bool) -> dict[int, tuple[int, int]]:
     """Token to vector and lane: where `interleave` puts the elements of rows that hold the tokens' numbers."""
 
     def shuffle(vectors: Sequence[list[int]], order: list[int]) -> list[int]:
         elements = [token for vector in vectors for token in vector]
         return [elements[place] for place in order]
 
-    vectors = _interleave([list(range(tile * GROUP))] * pack, pack, tile, shuffle)
+    vectors = _interleave([list(range(tile * GROUP))] * pack, pack, tile, halved, shuffle)
     return {token: (number, lane) for number, vector in enumerate(vectors) for lane, token in enumerate(vector[::pack])}
 
 
-def _interleave(rows: Sequence[Any], pack: int, tile: int, shuffle: Shuffle) -> list[Any]:
+def _interleave(rows: Sequence[Any], pack: int, tile: int, halved: bool, shuffle: Shuffle) -> list[Any]:
     """Trees of vpunpck over whole vectors; shorter rows are widened where LLVM makes one instruction of it.
 
     Rows of single groups are joined as they are loaded, rows of two by the shuffle (vpermt2w) that interleaves pairs.
@@ -87,6 +94,9 @@ def _interleave(rows: Sequence[Any], pack: int, tile: int, shuffle: Shuffle) -> 
     tokens = tile * GROUP
     if tile == pack:
         return _unpack(rows, 4 * pack, tokens, 1, shuffle)
+    if halved:
+        vectors, count = _unpack(rows, 4 * pack, tokens, 1, shuffle), pack // tile
+        return [shuffle(vectors[first : first + count], list(range(GROUP * pack))) for first in range(0, pack, count)]
     if tile == 1:
         joined = [shuffle(rows[parity::2], list(range(pack // 2 * tokens))) for parity in (0, 1)]
         halves = _unpack(joined, 4 * pack, pack // 2 * tokens, 1, shuffle)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import tvm
@@ -29,6 +30,15 @@ INDEX_BYTES = 8
 """A gathered row's index is its offset in units of this many bytes: the largest scale an x86 address can apply for free."""
 
 
+def index_step(made: LinearDecisions, k: int) -> int:
+    """By how much a gathered row's index is higher than that of the row before: their distance in the widest tile.
+
+    If 16 bits do not hold that for all `k` rows, it is the distance in a smaller one. Other tiles scale the index.
+    """
+    row = GROUP * int(DataType(made.operands.activation).bits) // 8 // INDEX_BYTES
+    return next((row * tile for tile in made.token_tiles if (k - 1) * row * tile < 1 << 16), row)
+
+
 def _nests(made: LinearDecisions, groups: Expr) -> Iterator[tuple[int, Expr, Expr]]:
     """Tile size, first group and number of tiles of each nest.
 
@@ -40,7 +50,7 @@ def _nests(made: LinearDecisions, groups: Expr) -> Iterator[tuple[int, Expr, Exp
         whole = groups // tile * tile
         if first is None:
             yield tile, 0, groups // tile
-            first = whole
+            first = T.max(whole, groups // (2 * tile) * (2 * tile))
         else:
             yield tile, first, T.max(groups // tile - first // tile, 0)
             first = T.max(first, whole)
@@ -66,7 +76,7 @@ def linear(spec: KernelSpec, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
             for tile, first, count in _nests(made, groups):
                 extents = {"q": count, "t": GROUP, "nb": spec.n // width, "ni": width, "j": tile}
                 order = ("q", "t", "nb", "ni") if lanes == "rows" else ("q", "nb", "ni", "j", "t")
-                mixed = made.family == "gather" and tile == made.operands.pack == 4 and orders_bytes(epilogue, tile)
+                mixed = made.family == "gather" and tile > 1 and orders_bytes(epilogue, tile)
                 nest = Nest(tile, first, count, {name: extents[name] for name in order}, mixed)
                 sums = PRODUCTS[made.family](spec, nest, x, weights)
 
@@ -105,9 +115,11 @@ def _weights_row(spec: KernelSpec) -> Weights:
 
 
 def _weights_gather(spec: KernelSpec) -> Weights:
-    """weight[entries, bn, pack] and index u16[entries, pack]."""
-    held = spec.linear.operands
-    return sparse_args(spec, [spec.linear.row_block, held.pack], [held.pack], held.weight)
+    """weight[entries, bn, pack], index u16[entries, pack]; of a depth, [entries, bn, depth, pack], [entries, depth * pack]."""
+    made, held = spec.linear, spec.linear.operands
+    if not made.depth:
+        return sparse_args(spec, [made.row_block, held.pack], [held.pack], held.weight)
+    return sparse_args(spec, [made.row_block, made.depth, held.pack], [made.depth * held.pack], held.weight)
 
 
 def _weights_column(spec: KernelSpec) -> Weights:
@@ -166,24 +178,44 @@ def _product_gather(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> V
     """acc[q, nb, ni, j, lane]: `pack` rows of x, each of all tokens of the tile, are interleaved first; ordered has the tokens.
 
     Rows are interleaved as whole vectors, because a row is chosen at run time and tensorize matches no buffer region that is.
+    With a depth that is done for d < depth times `pack` rows, whose products are summed at once.
     """
-    pack, stored, tile = spec.linear.operands.pack, spec.linear.operands.activation, nest.tile
-    tokens, axes, index, acc = tile * GROUP, nest.axes, weights.index, accumulators(nest)
-    entries = -(-spec.k // pack)
-    gathered = scratch(nest.block("gathered"), [axes["q"], axes["nb"], entries, tile, GROUP, pack], stored)
-    # the unit axes j, t and p carry the written region, which compute_at has to find in terms of axes
-    loops = {"q": axes["q"], "nb": axes["nb"], "e": entries, "j": 1, "t": 1, "p": 1}
+    made, tile, axes, index, acc = spec.linear, nest.tile, nest.axes, weights.index, accumulators(nest)
+    pack, stored, depth = made.operands.pack, made.operands.activation, max(made.depth, 1)
+    halved = made.halves and tile > 1
+    vectors = tile // 2 if halved else tile  # of those that interleaving makes, so many are multiplied together
+    # at most so many: with a depth, any of an entry's columns but one may be zero
+    entries = spec.k if made.depth else -(-spec.k // pack)
+    gathered = scratch(nest.block("gathered"), [axes["q"], axes["nb"], entries, tile, depth, GROUP, pack], stored)
+    # the unit axes t and p carry the written region, which compute_at has to find in terms of axes
+    loops = {"q": axes["q"], "nb": axes["nb"], "e": entries, "j": tile // vectors, "t": 1, "p": 1}
     with stage(nest.block("gather"), loops) as (q, nb, e, j, t, p):
-        g = nest.group({"q": q})
-        T.reads(x[g : g + tile, 0 : spec.k, 0:GROUP], index[weights.entry(nb, e), 0:pack])
-        T.writes(gathered[q, nb, e, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP, p * pack : p * pack + pack])
-        unit = INDEX_BYTES * 8 // DataType(stored).bits * tile
-        offsets = [T.cast(index[weights.entry(nb, e), column], "int64") * unit for column in range(pack)]
-        rows = [x.vload([g, 0, offset], f"{stored}x{tokens}") for offset in offsets]
-        for part, vector in enumerate(interleave(rows, pack, tile)):
-            store(gathered, vector, [q, nb, e, part, 0, tirx.Ramp(0, 1, GROUP * pack)])
-    with stage(nest.block("product"), axes, {"e": entries, "ki": pack}) as (q, nb, ni, j, t, e, ki):
-        multiply_add(acc, [q, nb, ni, j, t], gathered[q, nb, e, j, t, ki], weights.weight[weights.entry(nb, e), ni, ki])
+        g, entry = nest.group({"q": q}), weights.entry(nb, e)
+        T.reads(x[g : g + tile, 0 : spec.k, 0:GROUP], index[entry, 0 : depth * pack])
+        extents = ((j, vectors), (t, depth), (t, GROUP), (p, pack))
+        T.writes(gathered[(q, nb, e, *(slice(axis * extent, axis * extent + extent) for axis, extent in extents))])
+        scale = tile * GROUP // index_step(made, spec.k)
+        offsets = [T.cast(index[entry, column], "int64") * scale for column in range(depth * pack)]
+        rows = [x.vload([g, 0, offset], f"{stored}x{tile * GROUP}") for offset in offsets]
+        made_of = [interleave(rows[first : first + pack], pack, tile, halved) for first in range(0, depth * pack, pack)]
+
+        def fill(numbers: range) -> None:
+            for d, number in product(range(depth), numbers):
+                store(gathered, made_of[d][number], [q, nb, e, number, d, 0, tirx.Ramp(0, 1, GROUP * pack)])
+
+        if halved:  # the schedule unrolls j
+            with T.If(j == 0):
+                with T.Then():
+                    fill(range(vectors))
+                with T.Else():
+                    fill(range(vectors, tile))
+        else:
+            fill(range(tile))
+    reduced = {"e": entries, "d": depth, "ki": pack} if made.depth > 1 else {"e": entries, "ki": pack}
+    with stage(nest.block("product"), axes, reduced) as (q, nb, ni, j, t, e, *deep, ki):
+        (d,) = deep or (0,)
+        weight = (weights.entry(nb, e), ni, d, ki) if made.depth else (weights.entry(nb, e), ni, ki)
+        multiply_add(acc, [q, nb, ni, j, t], gathered[q, nb, e, j, d, t, ki], weights.weight[weight])
 
     if nest.mixed:
         return as_summed(nest, acc)
@@ -192,7 +224,7 @@ def _product_gather(spec: KernelSpec, nest: Nest, x: Any, weights: Weights) -> V
         T.reads(acc[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         T.writes(ordered[q, nb, ni, j * tile : j * tile + tile, t * GROUP : t * GROUP + GROUP])
         sums = [acc.vload([q, nb, ni, part, 0], f"int32x{GROUP}") for part in range(tile)]
-        for part, vector in enumerate(in_order(sums, pack, tile)):
+        for part, vector in enumerate(in_order(sums, pack, tile, halved)):
             store(ordered, vector, [q, nb, ni, part, tirx.Ramp(0, 1, GROUP)])
     return as_summed(nest, ordered)
 
