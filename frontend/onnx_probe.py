@@ -52,10 +52,12 @@ class Prober:
         padded = "attention_mask" in inputs or self.padding is not None
         longest = max(1, min(_LONGEST, positions - 2))
         shapes = [(1, longest)] + [(len(RAGGED), min(RAGGED[0], longest))] * padded
-        self.probes = []
+        self.probes: list[Probe] = []
         for rows, columns in shapes:
             rows, columns = batch or rows, length or columns
-            lengths = [columns] if rows == 1 else [min(RAGGED[i % len(RAGGED)], columns) for i in range(rows)]
+            ragged = [min(length, columns) for length in RAGGED] if rows > 1 else [max(1, columns // 2)]
+            lengths = ragged if self.probes else [columns]
+            lengths = [lengths[i % len(lengths)] for i in range(rows)]
             self.probes.append(make_probe(random, lengths, columns, vocabulary, token_types, self.padding or 0))
 
     def run(self, values: Sequence[str]) -> list[Mapping[str, NDArray[Any]]]:

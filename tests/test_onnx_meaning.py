@@ -91,6 +91,18 @@ def test_masks(name: str, self_check: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["none", "causal", "inverted"])
+def test_masks_of_a_graph_for_one_shape(name: str, tmp_path: Path) -> None:
+    path = export(Masked(MASKS[name]), tmp_path / "model.onnx")
+    model = onnx.load(path)
+    for value in model.graph.input:
+        for dim, extent in zip(value.type.tensor_type.shape.dim, (1, 16), strict=True):
+            dim.dim_value = extent
+    onnx.save(model, path)
+    check_refused(path, "mask")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_mask_of_padding_is_read(tmp_path: Path) -> None:
     check_equal(export(Masked(lambda mask: _added(mask[:, None, None])), tmp_path / "model.onnx"))
 
