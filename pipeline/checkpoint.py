@@ -21,9 +21,12 @@ from tilewright.frontend.sentence_transformers import write_embedding
 
 Tensors = dict[str, NDArray[Any]]
 
+SPARSITY = "sparsity.json"
+"""For whoever loads the weights elsewhere, where nothing else says how they are sparse; the frontend looks at the weights."""
+
 
 def write_checkpoint(model: EncoderModel, path: Path, packed: bool = False) -> None:
-    """Write config.json, model.safetensors and tokenizer.json of a quantised `model` into the directory `path`.
+    """Write config.json, model.safetensors, sparsity.json and tokenizer.json of a quantised `model` into the directory `path`.
 
     `packed` stores only the non-zero blocks of sparse weights, and the word embeddings as s8 with a scale for each word.
 
@@ -33,9 +36,21 @@ def write_checkpoint(model: EncoderModel, path: Path, packed: bool = False) -> N
     _check_expressible(model, family)
     (path / "config.json").write_text(json.dumps(_config(model, family, packed), indent=2) + "\n", encoding="utf-8")
     save_file(_tensors(model, family, packed), path / "model.safetensors", metadata={"format": "pt"})
+    (path / SPARSITY).write_text(json.dumps(_sparsity(model), indent=2) + "\n", encoding="utf-8")
     write_embedding(model, path)
     if model.tokenizer is not None:
         (path / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
+
+
+def _sparsity(model: EncoderModel) -> dict[str, Any]:
+    """Block [outputs, inputs] and share of weights that are not zero, by linear; block is null where none was found."""
+    return {
+        linear.name: {
+            "block": list(linear.block) if linear.block else None,
+            "density": float(np.count_nonzero(linear.weight) / linear.weight.size),
+        }
+        for linear in model.linears()
+    }
 
 
 def _check_expressible(model: EncoderModel, family: Family) -> None:

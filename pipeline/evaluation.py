@@ -84,14 +84,27 @@ def evaluate(
     records: Sequence[Record],
     settings: TextSettings,
     *,
-    reference: Path | None = None,
+    reference: Predict | None = None,
     threads: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Evaluation:
-    """Metrics of the model at `path` on `records`, against their labels or the answers of the model `reference`."""
+    """Metrics of the model at `path` on `records`, against their labels or the answers of `reference`."""
     model = answering(task, path, settings, threads, progress)
-    other = answering(task, reference, settings, threads) if reference else None
-    return _measure(task, model, records, other)
+    return _measure(task, model, records, reference)
+
+
+def remembering(predict: Predict) -> Predict:
+    """`predict` that answers each sequence once, for a reference that is asked the same after every step."""
+    known: dict[tuple[tuple[int, ...], ...], Outputs] = {}
+
+    def answer(features: Sequence[Feature]) -> list[Outputs]:
+        keys = [(tuple(row["input_ids"]), tuple(row["token_type_ids"])) for row in features]
+        new = {key: row for key, row in zip(keys, features, strict=True) if key not in known}
+        if new:
+            known.update(zip(new, predict(list(new.values())), strict=True))
+        return [known[key] for key in keys]
+
+    return answer
 
 
 def evaluate_baseline(
@@ -105,7 +118,7 @@ def evaluate_baseline(
     return _measure(task, Answering(predict, Context(load_tokenizer(like), settings, labels)), records, None)
 
 
-def _measure(task: Task, model: Answering, records: Sequence[Record], reference: Answering | None) -> Evaluation:
+def _measure(task: Task, model: Answering, records: Sequence[Record], reference: Predict | None) -> Evaluation:
     seconds = 0.0
 
     def timed(features: Sequence[Feature]) -> Sequence[Outputs]:
@@ -115,5 +128,5 @@ def _measure(task: Task, model: Answering, records: Sequence[Record], reference:
         seconds += time.perf_counter() - start
         return outputs
 
-    metrics = task.evaluate(timed, records, model.context, reference.predict if reference else None)
+    metrics = task.evaluate(timed, records, model.context, reference)
     return Evaluation(metrics, len(records), seconds)

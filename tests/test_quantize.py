@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from tests import oracle, tiny
@@ -262,3 +263,16 @@ def test_self_check_against_transformers(name: str, tmp_path: Path) -> None:
     other = replace(layer, down=replace(layer.down, bias=layer.down.bias * np.float32(1.1)))
     with pytest.raises(UnsupportedModel, match="layer 1 differs"):
         check_against_transformers(replace(model, layers=(model.layers[0], other)), directory)
+
+
+def test_sparsity_is_written_beside_the_weights(tmp_path: Path) -> None:
+    source = tiny.build("BertModel")
+    first = source.encoder.layer[0].intermediate.dense  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        first.weight.view(-1, 4, tiny.HIDDEN)[:, :, ::4] = 0  # type: ignore[operator, union-attr]
+    path = quantize(tiny.save(source, tmp_path / "float"), TEXTS, tmp_path / "int8")
+    found = json.loads((path / "sparsity.json").read_text())
+    assert len(found) == 6 * tiny.LAYERS
+    sparse = found.pop("encoder.layer.0.intermediate.dense")
+    assert sparse["density"] == pytest.approx(0.75, abs=0.02)
+    assert all(linear["block"] is None and linear["density"] > 0.9 for linear in found.values())

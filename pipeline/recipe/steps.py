@@ -16,7 +16,7 @@ from tilewright.compiler import compile
 from tilewright.errors import InvalidInput, InvalidModel, TilewrightError
 from tilewright.frontend import load
 from tilewright.frontend.sentence_transformers import write_embedding
-from tilewright.pipeline.evaluation import Evaluation, evaluate
+from tilewright.pipeline.evaluation import Evaluation, answering, evaluate, remembering
 from tilewright.pipeline.models import accepted, load_module, quiet
 from tilewright.pipeline.modules import encoder_modules
 from tilewright.pipeline.provenance import append_step, extend
@@ -27,7 +27,7 @@ from tilewright.pipeline.quantize import quantize
 from tilewright.pipeline.recipe import schema
 from tilewright.pipeline.recipe.schema import Recipe, StepSettings, dump_recipe
 from tilewright.pipeline.tasks import TASKS
-from tilewright.pipeline.tasks.base import Context, Feature, Record, Task, check_tokenizer, load_tokenizer, pad
+from tilewright.pipeline.tasks.base import Context, Feature, Predict, Record, Task, check_tokenizer, load_tokenizer, pad
 from tilewright.pipeline.training import Job, Progress, TrainingSettings, train
 
 T = TypeVar("T")
@@ -79,6 +79,7 @@ class Workspace:
     def __init__(self, recipe: Recipe, root: Path, watcher: Watcher) -> None:
         self.recipe, self.root, self.watcher = recipe, root, watcher
         self.task: Task = TASKS[recipe.task]
+        self._references: dict[Path, Predict] = {}
 
     @cached_property
     def base(self) -> Path:
@@ -134,9 +135,14 @@ class Workspace:
             model,
             self.dev if records is None else records,
             self.recipe.data,
-            reference=dense if self.task.compares else None,
+            reference=self._reference(dense) if self.task.compares else None,
             progress=lambda done, total: self.watcher.work("evaluate", done, total),
         )
+
+    def _reference(self, dense: Path) -> Predict:
+        if dense not in self._references:
+            self._references[dense] = remembering(answering(self.task, dense, self.recipe.data).predict)
+        return self._references[dense]
 
     def metrics(self, model: Path, dense: Path) -> dict[str, float]:
         """Metrics on data.dev, or none where there is no such file."""

@@ -35,8 +35,8 @@ def evaluate(
         raise InvalidInput(f"baseline {baseline} is unknown; choose {_BASELINE}")
     if (baseline is None) != (baseline_model is None):
         raise InvalidInput("--baseline and --baseline-model go together; give both, or neither")
+    from tilewright.pipeline.evaluation import answering, evaluate_baseline
     from tilewright.pipeline.evaluation import evaluate as run
-    from tilewright.pipeline.evaluation import evaluate_baseline
     from tilewright.pipeline.recipe.steps import spread
     from tilewright.pipeline.tasks import find_task
     from tilewright.pipeline.tasks.base import TextSettings
@@ -46,8 +46,9 @@ def evaluate(
     longest = max_length or (384 if chosen.name == "question_answering" else 128)
     settings = TextSettings(max_length=longest, stride=stride)
     rows = spread(chosen.read(data), limit)
+    other = answering(chosen, reference, settings, count).predict if reference is not None else None
     with progress_bar("answering") as progress:
-        found = {str(model): run(chosen, model, rows, settings, reference=reference, threads=count, progress=progress)}
+        found = {str(model): run(chosen, model, rows, settings, reference=other, threads=count, progress=progress)}
     if baseline_model is not None:
         name = f"{_BASELINE} {baseline_model}"
         found[name] = evaluate_baseline(chosen, baseline_model, model, rows, settings, count)
