@@ -155,7 +155,12 @@ def test_interrupt_ends_the_instances(toy_artifact: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    assert children and not any(alive(child) for child in children)
+    assert children
+    # an instance that was being started is not known to the command yet: it ends by itself, when it finds nobody to talk to
+    deadline = time.monotonic() + 60
+    while any(alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def instances_of(parent: int) -> list[int]:
