@@ -121,6 +121,21 @@ def test_parameters_that_the_module_does_not_take_are_refused(toy_copy: Path, na
         tilewright.load(toy_copy)([[1]])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["outputs"].pop(),
+        lambda m: m["outputs"].append({"name": "more", "per": "token", "width": 1, "squeeze": False}),
+        lambda m: m["outputs"][0].update(width=9),
+        lambda m: m["outputs"][2].update(per="token"),
+    ],
+)
+def test_outputs_that_the_module_does_not_give_are_refused(toy_copy: Path, change: Callable[[Any], object]) -> None:
+    edit_manifest(toy_copy, change)
+    with pytest.raises(InvalidArtifact, match="other outputs than its module gives"):
+        tilewright.load(toy_copy)([[1]])
+
+
 @pytest.mark.parametrize("text", ["", '{"schema_version": 3, "isa"', "[]", "null", "\udcff"])
 def test_truncated_manifest_is_refused(toy_copy: Path, text: str) -> None:
     (toy_copy / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))

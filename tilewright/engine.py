@@ -233,6 +233,9 @@ class Engine:
         offsets = offsets[: last - first + 1]
         np.subtract(packed.offsets[first : last + 1], begin, out=offsets)
         results = self._executable(*arguments, offsets)
+        leading = {"token": (groups, GROUP), "sequence": (last - first,)}
+        if [result.shape for result in results] != [(*leading[o.per], o.width) for o in self.manifest.outputs]:
+            raise InvalidArtifact("the manifest lists other outputs than its module gives; compile the model again")
         return [
             result.reshape(groups * GROUP, -1)[: end - begin] if output.per == "token" else result
             for output, result in zip(self.manifest.outputs, results, strict=True)
