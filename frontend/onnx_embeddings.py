@@ -30,8 +30,8 @@ def read_embeddings(walker: Walker, value: str, norm: LayerNorm) -> tuple[Embedd
         if not len(table) or table.shape[1:] != norm.weight.shape:
             shapes = " and ".join(str(list(table.shape)) for _, table in tables)
             raise InvalidModel(f"the tables of the embeddings are {shapes}, their LayerNorm is over {norm.weight.size} values")
-    rows = max(len(table) for _, table in others)
-    prober = Prober(walker.graph, len(word), 1 if types is None else len(types), rows)
+    most = max(len(table) for _, table in others)
+    prober = Prober(walker.graph, len(word), 1 if types is None else len(types), most)
     found = prober.run([index for index, _ in others])
     position: Float | None = None
     constant: list[Float] = []
@@ -43,6 +43,9 @@ def read_embeddings(walker: Walker, value: str, norm: LayerNorm) -> tuple[Embedd
             constant.append(table[first])
         elif position is None:
             position = table[first:]
+            rows = prober.at_length(index, len(position))
+            if (rows != first + np.arange(rows.shape[-1])).any():
+                raise UnsupportedModel("positions do not count up to the end of their table; export it with 0, 1, 2, ...")
             if first:
                 walker.notes.lines.append(f"positions are counted from row {first} of their table")
         else:

@@ -43,7 +43,8 @@ def read_head(walker: Walker) -> FoundHead:
         return found
     kinds = {output: _embedding(walker, output) for output in graph.outputs}
     hidden = {kind[1] for kind in kinds.values() if kind is not None}
-    if None in kinds.values() or len(hidden) != 1:
+    only_poolers = all(kind is None or kind[0] == "pooler" for kind in kinds.values())
+    if None in kinds.values() or len(hidden) != 1 or only_poolers:
         raise _unsupported(walker)
     pooled = [output for output, kind in kinds.items() if kind is not None and kind[0] == "pooled"]
     embedding = "sentence_embedding" if "sentence_embedding" in pooled else pooled[0] if pooled else None

@@ -49,6 +49,7 @@ class Prober:
         batch, length = _fixed(inputs["input_ids"])
         random = np.random.default_rng(0)
         self.padding = _padding(graph)
+        self._batch, self._length, self._rows = batch, length, (vocabulary, token_types, self.padding or 0)
         padded = "attention_mask" in inputs or self.padding is not None
         longest = max(1, min(_LONGEST, positions - 2))
         shapes = [(1, longest)] + [(len(RAGGED), min(RAGGED[0], longest))] * padded
@@ -60,10 +61,19 @@ class Prober:
             lengths = [lengths[i % len(lengths)] for i in range(rows)]
             self.probes.append(make_probe(random, lengths, columns, vocabulary, token_types, self.padding or 0))
 
+    def at_length(self, value: str, length: int) -> NDArray[Any]:
+        """A value of the graph for one sequence of `length` tokens, or of as many as the graph is fixed at."""
+        probe = make_probe(
+            np.random.default_rng(1), [self._length or length] * (self._batch or 1), self._length or length, *self._rows
+        )
+        return self._float.evaluate([self._feed(probe)], [value])[0][value]
+
+    def _feed(self, probe: Probe) -> dict[str, NDArray[Any]]:
+        return {name: probe.inputs[name].astype(dtype) for name, dtype in self._types.items()}
+
     def run(self, values: Sequence[str]) -> list[Mapping[str, NDArray[Any]]]:
         """Values of the graph by name, for each probe; raises InvalidModel where they cannot be computed."""
-        feeds = [{name: probe.inputs[name].astype(dtype) for name, dtype in self._types.items()} for probe in self.probes]
-        return self._float.evaluate(feeds, values)
+        return self._float.evaluate([self._feed(probe) for probe in self.probes], values)
 
     def check(self, assumptions: Sequence[Assumption], found: Sequence[Mapping[str, NDArray[Any]]]) -> None:
         """Raise UnsupportedModel for the first of `assumptions` that does not hold of the values in `found`."""

@@ -168,6 +168,16 @@ def test_pooling_in_the_graph(pooling: str, normalize: bool, tmp_path: Path) -> 
         np.testing.assert_allclose(ours["sentence_embedding"], run(ids[None])["y"][0], atol=1e-4)
 
 
+def test_a_pooler_alone_is_refused(bert: Path, tmp_path: Path) -> None:
+    """Its Linear of the first token is no sentence embedding that there is."""
+    path = tiny.export(tiny.build("BertModel"), tmp_path / "model.onnx", ["last_hidden_state", "pooler_output"])
+    model = onnx.load(path)
+    del model.graph.output[0]
+    onnx.save(model, path)
+    with pytest.raises(UnsupportedModel, match="outputs pooler_output are not"):
+        load(path)
+
+
 def test_another_pooling_is_refused(tmp_path: Path) -> None:
     wrong: Pool = lambda hidden, mask: hidden.mean(1)  # noqa: E731  # padding counts as well
     path = export(Pooled(wrong, False), tmp_path / "model.onnx")

@@ -139,6 +139,14 @@ def reverse_positions(model: onnx.ModelProto) -> None:
     gather.input[1] = "reversed"
 
 
+def last_position_twice(model: onnx.ModelProto) -> None:
+    gather = position_gather(model)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(tiny.POSITIONS - 2), "last_but_one"))
+    node = helper.make_node("Min", [gather.input[1], "last_but_one"], ["limited"])
+    model.graph.node.insert(list(model.graph.node).index(gather), node)
+    gather.input[1] = "limited"
+
+
 def double_positions(model: onnx.ModelProto) -> None:
     gather = position_gather(model)
     model.graph.initializer.append(numpy_helper.from_array(np.array(2), "two_positions"))
@@ -219,6 +227,7 @@ class Case:
 EDITS = [
     Case(reverse_positions, ("positions",)),
     Case(double_positions, ("positions",)),
+    Case(last_position_twice, ("positions",)),
     Case(norm_over_tokens),
     Case(cast_to_int_and_back),
     Case(softmax_over_queries, ("softmax over the keys",)),
