@@ -18,9 +18,10 @@ from tilewright.codegen.formats import GROUP
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.workload import density_bucket
 from tilewright.commands.output import block_name
-from tilewright.schedules.blocks import dense
+from tilewright.schedules.blocks import dense, sums_in_16_bits
 from tilewright.schedules.choice import sparse_storage
 from tilewright.schedules.decide import decide_linear
+from tilewright.schedules.depth import choose_depth
 from tilewright.schedules.isa import ISAS, Isa
 from tilewright.schedules.single import Single, linear_spec, single_linear
 
@@ -77,8 +78,13 @@ class Runner:
 
 
 def weights(case: Case, random: np.random.Generator) -> NDArray[np.int8]:
-    """s8[N, K] in which exactly the share `sparsity` of blocks is zero."""
-    dense = random.integers(1, 128, case.shape).astype(np.int8)
+    """s8[N, K] in which exactly the share `sparsity` of blocks is zero and no other value is.
+
+    Values are normally distributed, the largest of a row of 768 at about 127, as those of trained linears are roughly: how well
+    kernels of bytes without VNNI are packed depends on them.
+    """
+    drawn = np.clip(np.rint(random.standard_normal(case.shape) * 39), -127, 127)
+    dense = np.where(drawn == 0, 1, drawn).astype(np.int8)
     if case.block is None:
         return dense
     rows, columns = (size // unit for size, unit in zip(case.shape, case.block, strict=True))
@@ -119,15 +125,20 @@ class Builder:
         self._epilogue = epilogue
         self._built: dict[Any, Single] = {}
 
-    def runner(self, case: Case) -> Runner:
-        """The case's kernel on random operands; a sparse one also where dense would be chosen instead."""
+    def runner(self, case: Case, storage: Storage | None = None, **decided: Any) -> Runner:
+        """The case's kernel on random operands; a sparse one also where dense would be chosen instead.
+
+        storage, decided: instead of what the level prefers, and of some of the default decisions.
+        """
         isa, (n, k) = ISAS[case.level], case.shape
-        storage = (case.block and sparse_storage(case.block, isa)) or dense(isa)
+        storage = storage or (case.block and sparse_storage(case.block, isa)) or dense(isa)
         random = np.random.default_rng(0)
         weight = weights(case, random)
+        if storage.block and sums_in_16_bits(storage, isa):
+            decided = {"depth": choose_depth(weight, storage.block[0]).depth} | decided
         epilogue = _epilogue(self._epilogue, storage, n, isa)
         density = 100 if storage.block is None else density_bucket(1 - case.sparsity)
-        spec = linear_spec(isa, storage, n, k, epilogue, density)
+        spec = linear_spec(isa, storage, n, k, epilogue, density, **decided)
         if spec not in self._built:
             self._built[spec] = single_linear(spec, epilogue)
         made = self._built[spec]

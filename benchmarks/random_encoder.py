@@ -37,9 +37,8 @@ def random_encoder(sizes: Sizes, block: Block | None, sparsity: float) -> Encode
 
     def linear(n: int, k: int) -> Linear:
         values = weights(Case("avx2", (n, k), block, 0, sparsity, "random"), random)
-        signs = random.choice(np.array([-1, 1], np.int8), (n, k))
         scale = np.full(n, 0.2 / 127 / (k * (1 - sparsity)) ** 0.5, np.float32)
-        return Linear("random", values * signs, np.zeros(n, np.float32), scale, _INPUT, block)
+        return Linear("random", values, np.zeros(n, np.float32), scale, _INPUT, block)
 
     def layer() -> Layer:
         query, key, value, output = (linear(hidden, hidden) for _ in range(4))

@@ -1,0 +1,104 @@
+"""Linear kernels without VNNI on bytes beside the same on 16-bit pairs: (4, 1) blocks, and dense matrices.
+
+    python -m benchmarks.operands                         # level avx2
+    python -m benchmarks.operands --levels avx2 avx512 --json out.json
+
+Both kernels of a shape run in turns in one process, one thread, epilogue relu. The byte kernels store dense matrices as
+columns, as the level does where that is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.linear_kernel import Builder, Case
+from benchmarks.machine import machine
+from tilewright.codegen.formats import PAIRS
+from tilewright.commands.output import block_name, progress_bar
+from tilewright.schedules.blocks import COLUMNS, DENSE
+
+SHAPES = (
+    (256, 256), (256, 1024), (1024, 256), (768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 1024),
+)  # fmt: skip
+WORDS: dict[str, Any] = {"operands": PAIRS, "together": 1, "token_tiles": (1,), "depth": 0, "halves": False}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over the rounds; ratio: of the time on bytes to that on pairs, the median of the rounds' ratios.
+
+    gmacs: of the byte kernel on non-zeros.
+    """
+
+    level: str
+    shape: str
+    zeros: float
+    tokens: int
+    pairs_us: float
+    bytes_us: float
+    gmacs: float
+    ratio: float
+
+
+def measure(case: Case, rounds: int) -> Row:
+    builder = Builder("relu")
+    sparse = case.block is not None
+    pairs = builder.runner(case, COLUMNS if sparse else DENSE, **(WORDS if sparse else {}))
+    narrow = builder.runner(case, COLUMNS)
+    for _ in range(rounds + 1):
+        pairs.turn()
+        narrow.turn()
+    del pairs.seconds[0], narrow.seconds[0]
+    ratios = [b / a for a, b in zip(pairs.seconds, narrow.seconds, strict=True)]
+    median = statistics.median(narrow.seconds)
+    return Row(
+        case.level, block_name(case.shape), case.sparsity if sparse else 0.0, case.tokens,
+        statistics.median(pairs.seconds) * 1e6, median * 1e6, narrow.macs / median / 1e9, statistics.median(ratios),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", nargs="+", choices=("avx2", "avx512"), default=["avx2"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    os.environ["TVM_NUM_THREADS"] = "1"  # TVM reads it when first it runs a parallel loop
+    cases = [
+        Case(level, shape, block, tokens, 0.8, "random")
+        for level, block, shape, tokens in product(args.levels, ((4, 1), None), SHAPES, args.tokens)
+    ]
+    rows = []
+    with progress_bar("kernels") as progress:
+        for done, case in enumerate(cases):
+            progress(done, len(cases))
+            rows.append(measure(case, args.rounds))
+    about = machine()
+    print("\n".join(f"- {key}: {value}" for key, value in about.items()))
+    print(
+        "\n| level | N x K | zeros | tokens | pairs us | bytes us | GMAC/s | bytes / pairs |\n|---|---|--:|--:|--:|--:|--:|--:|"
+    )
+    for row in rows:
+        print(
+            f"| {row.level} | {row.shape} | {row.zeros:.0%} | {row.tokens} | {row.pairs_us:.1f} | {row.bytes_us:.1f} | "
+            f"{row.gmacs:.1f} | {row.ratio:.2f} |"
+        )
+    for level, zeros, tokens in dict.fromkeys((row.level, row.zeros, row.tokens) for row in rows):
+        found = [row.ratio for row in rows if (row.level, row.zeros, row.tokens) == (level, zeros, tokens)]
+        print(
+            f"\n{level}, {zeros:.0%} zeros, {tokens} tokens: {1 / statistics.geometric_mean(found):.2f}x in the geometric mean"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
