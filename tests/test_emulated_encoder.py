@@ -48,7 +48,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trace]:
         artifact = tilewright.compile(model(coarse), isa, directory / f"{isa}{coarse:d}.tw", sparse="always")
         stored = {layer.block for layer in artifact.manifest.levels[0].layers}
         wanted = {None, *(COARSE if coarse else BLOCKS).values()}
-        assert stored == wanted
+        assert stored == ({(4, 1)} if isa in ("avx2", "avx512") else wanted)  # which multiply bytes only as columns
         inputs = {name: array[:2] for name, array in INPUTS.items()} if coarse else INPUTS  # three groups of tokens, or four
         task = Encoder(artifact.path, inputs)
         return task.run(None) if isa == "avx2" else emulate(MODEL_OF_LEVEL[isa], task)

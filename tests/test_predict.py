@@ -23,7 +23,7 @@ from tilewright.schedules.isa import ISAS
 from tilewright.schedules.rates import AttentionRate, LevelRates, LinearRate, find, from_json, table
 
 SIZES = Sizes("tiny", 2, 32, 4, 64)
-AVX2 = ISAS["avx2"]
+WORDS = ISAS["portable"]  # a level whose operands have 16 bits, so that each block is stored as it is
 DENSE = LinearRate("row", None, 16.0, qkv=1.0, add_norm=3.0, activate=2.0)
 FINE = LinearRate("gather", (4, 1), 8.0, qkv=2.0, add_norm=4.0, activate=3.0)
 COARSE = LinearRate("row", (16, 4), 12.0, qkv=1.0, add_norm=3.0, activate=2.0)
@@ -39,7 +39,7 @@ RATES = level(DENSE, FINE, COARSE)
 
 
 def at(block: tuple[int, int] | None, sparsity: float = 0.75, rates: LevelRates = RATES, **call: Any) -> Any:
-    return predict(SIZES, AVX2, rates, block, sparsity, **({"batch": 1, "seq_len": 16, "ghz": 2.0} | call))
+    return predict(SIZES, WORDS, rates, block, sparsity, **({"batch": 1, "seq_len": 16, "ghz": 2.0} | call))
 
 
 def test_times_by_hand() -> None:
@@ -95,14 +95,14 @@ def test_ranking() -> None:
 
 def test_break_even_by_hand() -> None:
     """(16, 4) costs what dense does per output, so it pays once it skips the share its products are slower by."""
-    assert break_even(SIZES, AVX2, RATES, (16, 4)) == pytest.approx(1 - 12 / 16)
-    assert break_even(SIZES, AVX2, RATES, (4, 4)) is None
+    assert break_even(SIZES, WORDS, RATES, (16, 4)) == pytest.approx(1 - 12 / 16)
+    assert break_even(SIZES, WORDS, RATES, (4, 4)) is None
     # (4, 1) costs a cycle more per output, of the two that 32 inputs take as dense: the linears of 32 inputs are the last
-    assert break_even(SIZES, AVX2, RATES, (4, 1)) == pytest.approx(1 - (32 / 16 - 1) * 8 / 32)
+    assert break_even(SIZES, WORDS, RATES, (4, 1)) == pytest.approx(1 - (32 / 16 - 1) * 8 / 32)
     never = level(DENSE, dataclasses.replace(FINE, activate=1e4))
-    assert break_even(SIZES, AVX2, never, (4, 1)) == 1
+    assert break_even(SIZES, WORDS, never, (4, 1)) == 1
     always = level(DENSE, dataclasses.replace(FINE, macs=1e6, qkv=0.0, add_norm=0.0, activate=0.0))
-    assert break_even(SIZES, AVX2, always, (4, 1)) == 0
+    assert break_even(SIZES, WORDS, always, (4, 1)) == 0
 
 
 POSITIVE = st.floats(0.1, 50)
@@ -111,11 +111,11 @@ POSITIVE = st.floats(0.1, 50)
 @given(rate=st.builds(LinearRate, st.just("gather"), st.just((4, 1)), POSITIVE, POSITIVE, POSITIVE, POSITIVE))
 def test_all_linears_are_stored_sparse_from_break_even_on(rate: LinearRate) -> None:
     rates = level(DENSE, rate)
-    share = break_even(BERT_BASE, AVX2, rates, (4, 1))
+    share = break_even(BERT_BASE, WORDS, rates, (4, 1))
     assert share is not None and 0 <= share <= 1
 
     def chosen(sparsity: float) -> set[str]:
-        made = (choose(n, k, kind, (4, 1), 1 - sparsity, AVX2, rates).storage for n, k, kind in BERT_BASE.linears().values())
+        made = (choose(n, k, kind, (4, 1), 1 - sparsity, WORDS, rates).storage for n, k, kind in BERT_BASE.linears().values())
         return {"dense" if storage.block is None else "sparse" for storage in made}
 
     if share > 1e-6:

@@ -125,7 +125,7 @@ def _print(model: Path, isa: str, report: ModelReport, plans: list[LinearPlan]) 
             *(_percent(linear.block_density[shape]) for shape in shapes),
         )
     console.print(grid)
-    sparse = sum(plan.decisions.block is not None for plan in plans)
+    sparse = sum(plan.found is not None and plan.decisions.block is not None for plan in plans)
     console.print(
         f"{sparse} of {len(plans)} linears would run sparse on {isa}; columns such as 4x1 give the share of non-zero blocks"
     )
