@@ -51,7 +51,7 @@ def load_module(task: Task, path: Path, *, needs_head: bool = True) -> nn.Module
         raise InvalidModel(
             f"{path} has no {task.name} head ({missing[0]} is missing); give a model that was trained for the task"
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()  # type: ignore[no-any-return]  # transformers is not annotated there
 
 
 @contextmanager

@@ -69,24 +69,10 @@ def plan(model: EncoderModel, isa: Isa, cpu: str | None = None, sparse: Sparse =
     """
     rates = find(isa.name, cpu) if sparse == "auto" else None
     if sparse == "never":
-        model = _without_blocks(model)
+        model = model.map_linears(lambda linear: replace(linear, block=None))
     layers = tuple(_layer(layer, model.config.head_dim, isa, rates, sparse != "never") for layer in model.layers)
     streams = Counter(linear.decisions.storage.lanes for layer in layers for linear in layer.linears())
     return Plan(isa.name, layers, streams.most_common(1)[0][0] if streams else "rows")
-
-
-def _without_blocks(model: EncoderModel) -> EncoderModel:
-    def linear(found: Linear) -> Linear:
-        return replace(found, block=None)
-
-    def layer(found: Layer) -> Layer:
-        held = found.attention
-        attention = replace(
-            held, query=linear(held.query), key=linear(held.key), value=linear(held.value), output=linear(held.output)
-        )
-        return replace(found, attention=attention, up=linear(found.up), down=linear(found.down))
-
-    return replace(model, layers=tuple(map(layer, model.layers)))
 
 
 def _layer(layer: Layer, head_dim: int, isa: Isa, rates: LevelRates | None, gathers: bool) -> LayerPlan:
