@@ -44,6 +44,8 @@ def pruned(kind: str) -> Job:
     job = Job(model(), features(), SETTINGS, seed=3)
     if kind == "labels":
         return job
+    if kind == "bfloat16":
+        return replace(job, settings=SETTINGS.model_copy(update={"precision": "bfloat16"}))
     if kind == "magnitude":
         return replace(job, magnitude=MagnitudeSettings(block=(4, 1), sparsity=0.5, interval=2))
     linears = encoder_modules(job.model).linears
@@ -58,7 +60,7 @@ def weights(module: torch.nn.Module) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["labels", "magnitude", "distil"])
+@pytest.mark.parametrize("kind", ["labels", "bfloat16", "magnitude", "distil"])
 @pytest.mark.parametrize("stops", [(7,), (10, 13)])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, kind: str, stops: tuple[int, ...]) -> None:
     whole = pruned(kind)
@@ -74,6 +76,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, kind: str, sto
     # each part begins after the last checkpoint of the one before
     assert steps == [1, *(stop // 3 * 3 + 1 for stop in stops)]
     assert weights(parts.model) == weights(whole.model)
+
+
+def test_bfloat16_products_leave_weights_in_float32(tmp_path: Path) -> None:
+    narrow, wide = pruned("bfloat16"), replace(pruned("labels"), settings=SETTINGS.model_copy(update={"precision": "float32"}))
+    start = narrow.model.state_dict()["classifier.weight"].clone()
+    results = [train(job, tmp_path / name) for name, job in (("narrow", narrow), ("wide", wide))]
+    assert weights(narrow.model) != weights(wide.model)
+    assert {parameter.dtype for parameter in narrow.model.parameters()} == {torch.float32}
+    # products of 8 bits of mantissa lead to nearly the same place
+    moved, apart = (wide.model.classifier.weight - other for other in (start, narrow.model.classifier.weight))
+    assert float(apart.detach().norm()) < 0.3 * float(moved.detach().norm())
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=0.1)
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
