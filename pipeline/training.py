@@ -41,9 +41,9 @@ class TrainingStopped(TilewrightError):
 class TrainingSettings(BaseModel):
     """Of a training. `max_steps` overrules epochs; `dropout` the model's own, of which a student that imitates has no need.
 
-    `freeze_embeddings` leaves the embeddings as they are, whose gradients are a good part of a small model's step. `precision` of
-    products while training: auto is bfloat16 where the device multiplies it (CUDA, AVX512-BF16, AMX), which there takes about 0.7 of
-    the time; weights and optimizer are float32 always. Name one where CPUs of several kinds must arrive at the same weights.
+    `freeze_embeddings` leaves the embeddings as they are, whose gradients are a good part of a small model's step. `precision`
+    is that of products: auto is bfloat16 where the device multiplies it (CUDA, AVX512-BF16); weights and optimizer are float32
+    always. Name one where CPUs of several kinds must arrive at the same weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
