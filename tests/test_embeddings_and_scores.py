@@ -14,12 +14,12 @@ import torch
 import tilewright
 from tests import oracle, tiny
 from tests.test_cli import invoke, ok, ok_json
-from tilewright.commands.results import Tokens, read
 from tilewright.errors import InvalidModel, TilewrightError, UnsupportedModel
 from tilewright.frontend import load
 from tilewright.frontend.sentence_transformers import UNSTATED_POOLING
 from tilewright.manifest import Head, LevelRecord, Limits, Manifest, Output
 from tilewright.pipeline import quantize
+from tilewright.results import Tokens, read
 
 OLD = "sentence_transformers.models."
 NEW = "sentence_transformers.sentence_transformer.modules.pooling."

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from tilewright.cgroups import cpu_quota
 from tilewright.errors import ArtifactTargetMismatch, InvalidInput
 from tilewright.manifest import LevelRecord
 
@@ -87,5 +88,9 @@ def choose_level(levels: Sequence[LevelRecord], available: frozenset[str], isa: 
 
 
 def available_cores() -> int:
-    """Cores this process may run on, which a container or taskset can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
+    """Cores this process may keep busy: those it may run on (taskset, cpusets), as far as a container's CPU quota lasts.
+
+    A quota of 2.5 cores counts as 2: a third thread would have all of them stopped until the period is over.
+    """
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))

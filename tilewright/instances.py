@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import TilewrightError
-from tilewright.manifest import WEIGHTS
+from tilewright.manifest import WEIGHTS, Manifest
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tilewright.engine import Engine
+
+    Arrays = Mapping[str, NDArray[np.generic]]
 
 _WARMUP = 3  # calls
 _LEAD = 0.02  # seconds from the request to the first call, so that it has reached every instance
@@ -42,41 +48,107 @@ class Memory:
     """Of these, what it has written to and therefore holds alone."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What an instance loads: an artifact, its level (as `tilewright.load` takes it), threads, the cores to stay on if any.
+
+    load: called in the instance as `load_engine` is; another may load what is called as an `Engine` is.
+    """
+
+    artifact: Path
+    isa: str | None = None
+    threads: int = 1
+    cores: tuple[int, ...] = ()
+    load: Callable[[Launch], Any] | None = None
+
+
+class InstanceDied(TilewrightError):
+    """An instance ended while it was needed; the message says how."""
+
+
+class Instance:
+    """A process that runs one engine. Requests are answered one after the other; not safe for concurrent calls."""
+
+    def __init__(self, launch: Launch) -> None:
+        """Start to load; the first reply is None when it has, or raises what loading raises."""
+        self._connection, theirs = Pipe()
+        code = f"from tilewright.instances import serve; serve({theirs.fileno()})"
+        # a process group of its own: Ctrl-C is for this process, which then ends the instances
+        command = [sys.executable, "-P", "-c", code]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
+        theirs.close()
+        self.send(launch.cores)
+        self.send(launch)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The reply to a request; raises InstanceDied."""
+        self.send((method, arguments))
+        return self.reply()
+
+    def send(self, message: object) -> None:
+        """Send a request without waiting for its reply; raises InstanceDied."""
+        try:
+            self._connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._death() from None
+
+    def reply(self) -> Any:
+        """The next reply; raises InstanceDied, and the TilewrightError that is the reply."""
+        try:
+            reply = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._death() from None
+        if isinstance(reply, TilewrightError):
+            raise reply
+        return reply
+
+    def kill(self) -> None:
+        """End the process at once, from any thread; a call under way raises InstanceDied."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+    def _death(self) -> InstanceDied:
+        status = self._process.wait()
+        return InstanceDied(f"was killed by signal {-status}" if status < 0 else f"ended with status {status}")
+
+
 class Instances:
     """Running instances of the artifact at `artifact`; a context manager that ends them."""
 
     def __init__(self, artifact: Path, isa: str | None = None) -> None:
         """`isa`: as `tilewright.load` takes it."""
         self._artifact, self._isa = artifact, isa
-        self._running: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._running: list[Instance] = []
 
     def __enter__(self) -> Instances:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process, _connection in self._running:
-            process.kill()
-        for process, connection in self._running:
-            process.wait()
-            connection.close()
+        for instance in self._running:
+            instance.kill()  # all, before waiting for one
+        for instance in self._running:
+            instance.close()
 
     @property
     def pids(self) -> list[int]:
         """Process ids, in the order in which the instances were started."""
-        return [process.pid for process, _ in self._running]
+        return [instance.pid for instance in self._running]
 
     def start(self, cores: Sequence[Sequence[int]]) -> None:
         """Start one more instance for each element of `cores`, with a thread on each of them; raises what `load` does."""
         before = len(self._running)
-        for _ in cores:
-            ours, theirs = Pipe()
-            code = f"from tilewright.instances import serve; serve({theirs.fileno()})"
-            # a process group of its own: Ctrl-C is for this process, which then ends the instances
-            command = [sys.executable, "-P", "-c", code]
-            self._running.append((subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0), ours))
-            theirs.close()
-        for number, own in enumerate(cores, before):
-            self._send(number, (self._artifact, self._isa, tuple(own)))
+        for own in cores:
+            self._running.append(Instance(Launch(self._artifact, self._isa, len(own), tuple(own))))
         self._replies(range(before, len(self._running)))
 
     def measure(self, count: int, batch: int, seq_len: int, duration: float) -> list[list[float]]:
@@ -96,46 +168,40 @@ class Instances:
 
     def _request(self, count: int, method: str, *arguments: float) -> list[Any]:
         for number in range(count):
-            self._send(number, (method, arguments))
+            self._on(number, lambda instance: instance.send((method, arguments)))
         return self._replies(range(count))
 
-    def _send(self, number: int, message: object) -> None:
-        try:
-            self._running[number][1].send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            raise self._death(number) from None
-
     def _replies(self, numbers: range) -> list[Any]:
-        replies = []
-        for number in numbers:
-            try:
-                reply = self._running[number][1].recv()
-            except (EOFError, ConnectionResetError):
-                raise self._death(number) from None
-            if isinstance(reply, TilewrightError):
-                raise reply
-            replies.append(reply)
-        return replies
+        return [self._on(number, Instance.reply) for number in numbers]
 
-    def _death(self, number: int) -> TilewrightError:
-        status = self._running[number][0].wait()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return TilewrightError(
-            f"instance {number + 1} of {len(self._running)} {how} while it was needed; "
-            "if memory ran out, allow fewer cores or a smaller batch"
-        )
+    def _on(self, number: int, do: Callable[[Instance], Any]) -> Any:
+        try:
+            return do(self._running[number])
+        except InstanceDied as death:
+            raise TilewrightError(
+                f"instance {number + 1} of {len(self._running)} {death} while it was needed; "
+                "if memory ran out, allow fewer cores or a smaller batch"
+            ) from None
+
+
+def load_engine(launch: Launch) -> Engine:
+    """What an instance loads unless told otherwise."""
+    from tilewright.engine import load
+
+    return load(launch.artifact, launch.threads, launch.isa)
 
 
 def serve(descriptor: int) -> None:
     """The life of an instance, which talks over the socket `descriptor`."""
+    # systemd and others signal every process of a service, but what this one has begun is to be finished: its parent ends it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(descriptor)
     try:
-        artifact, isa, cores = connection.recv()
-        os.sched_setaffinity(0, cores)  # before any library starts threads
+        if cores := connection.recv():
+            os.sched_setaffinity(0, cores)  # before any library starts threads
         sys.modules["torch"] = None  # type: ignore[assignment]  # tvm_ffi imports it where it is installed; no engine needs it
-        from tilewright.engine import load
-
-        instance = _Instance(load(artifact, len(cores), isa))
+        launch: Launch = connection.recv()
+        instance = _Instance((launch.load or load_engine)(launch))
         connection.send(None)
         while True:
             method, arguments = connection.recv()
@@ -172,6 +238,34 @@ class _Instance:
             samples.append(now - start)
             start = now
         return samples
+
+    def manifest(self) -> Manifest:
+        """Of what was loaded."""
+        manifest: Manifest = self._engine.manifest
+        return manifest
+
+    def run(self, sequences: Sequence[Arrays], names: Sequence[str]) -> tuple[list[Arrays], float]:
+        """The outputs `names` of each sequence, and the seconds of the call.
+
+        A sequence's inputs are i32[tokens] by name, without a mask; its outputs f32[tokens, ...] or f32[...].
+        """
+        import numpy as np
+
+        lengths = [len(sequence["input_ids"]) for sequence in sequences]
+        shape = len(sequences), max(lengths)
+        arrays = {name: np.zeros(shape, np.int32) for name in ("attention_mask", *sequences[0])}
+        for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            arrays["attention_mask"][row, :length] = 1
+            for name, values in sequence.items():
+                arrays[name][row, :length] = values
+        start = time.perf_counter()
+        outputs = self._engine(**arrays)
+        seconds = time.perf_counter() - start
+        per = {output.name: output.per for output in self._engine.manifest.outputs}
+        return [
+            {name: outputs[name][row, :length] if per[name] == "token" else outputs[name][row] for name in names}
+            for row, length in enumerate(lengths)
+        ], seconds
 
     def memory(self) -> Memory:
         """Of this process."""

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tilewright.commands.results import Tokens
     from tilewright.engine import Engine
     from tilewright.manifest import Head
+    from tilewright.results import Tokens
 
     Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -43,8 +43,8 @@ def run(
     if output is not None and not output.parent.is_dir():
         raise InvalidInput(f"cannot write {output}: {output.parent} is not a directory")
     from tilewright.commands.arrays import read_arrays, write_arrays
-    from tilewright.commands.results import read
     from tilewright.engine import load
+    from tilewright.results import read
 
     engine = load(artifact, threads, isa)
     if source is not None:
@@ -94,7 +94,7 @@ def _encode(artifact: Path, engine: Engine, texts: Any, truncate: bool) -> list[
 def _sequences(inputs: Arrays, texts: list[Any] | None = None, encodings: list[Any] | None = None) -> list[Tokens]:
     import numpy as np
 
-    from tilewright.commands.results import Tokens
+    from tilewright.results import Tokens
 
     ids = inputs["input_ids"]
     mask = np.asarray(inputs.get("attention_mask", np.ones(ids.shape)), bool)

@@ -31,17 +31,22 @@ class Tokens:
 
 
 def read(manifest: Manifest, outputs: Mapping[str, Array], sequences: Sequence[Tokens]) -> list[Result]:
-    """One JSON-ready result per sequence."""
-    reader = READERS[manifest.head.problem_type or manifest.head.kind]
+    """One JSON-ready result per sequence of a batch."""
     results = []
     for row, sequence in enumerate(sequences):
         own = {
             output.name: outputs[output.name][row][sequence.columns] if output.per == "token" else outputs[output.name][row]
             for output in manifest.outputs
         }
-        given = {"texts": list(sequence.texts)} if sequence.texts else {}
-        results.append({**given, "tokens": len(sequence.ids), **reader(own, sequence, manifest.labels)})
+        results.append(interpret(manifest, own, sequence))
     return results
+
+
+def interpret(manifest: Manifest, own: Mapping[str, Array], sequence: Tokens) -> Result:
+    """What the head says about one sequence: `own` holds its outputs, [tokens, ...] or [...] each."""
+    given = {"texts": list(sequence.texts)} if sequence.texts else {}
+    reader = READERS[manifest.head.problem_type or manifest.head.kind]
+    return {**given, "tokens": len(sequence.ids), **reader(own, sequence, manifest.labels)}
 
 
 def _label(labels: Sequence[str], index: int) -> str:
