@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import tirx
 from tvm.s_tir import TensorIntrin
-from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
 
 from tilewright.codegen.budget import BUDGET
 from tilewright.codegen.formats import GROUP
+from tilewright.codegen.kernels.common import stage, store
 from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.isa import ISAS
 
@@ -147,112 +149,48 @@ def intrinsic(isa: str, form: Form, vector: str, scalar: str, pack: int, depth: 
     return spec
 
 
+def _function(spec: IntrinSpec, body: Callable[[Any, Any, Any], None]) -> Any:
+    """A function of both operands, activations first, and C; `body` gets C, vector and scalar."""
+    deep = [spec.depth] if spec.depth > 1 else []
+    vector, scalar = ([*deep, spec.lanes, spec.pack], spec.vector), ([*deep, spec.pack], spec.scalar)
+    operands = (vector, scalar) if spec.form == "tokens" else (scalar, vector)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("dot")
+        buffers = [
+            T.arg(name, T.Buffer(tuple(shape), dtype, offset_factor=1))
+            for name, (shape, dtype) in zip("ABC", (*operands, ([spec.lanes], "int32")), strict=True)
+        ]
+        left, right, total = (buffer[tuple(slice(0, extent) for extent in buffer.shape)] for buffer in buffers)
+        with T.sblock("root"):
+            T.reads(total, left, right)
+            T.writes(total)
+            body(buffers[2], *(buffers[:2] if spec.form == "tokens" else buffers[1::-1]))
+    return builder.get()
+
+
 def _describe(spec: IntrinSpec) -> Any:
     """The semantics, in the shape in which kernels write their products: activations are the left factor."""
-    if spec.depth > 1:
-        return _describe_deep(spec)
-    lanes, pack = spec.lanes, spec.pack
 
-    @T.prim_func(s_tir=True)
-    def tokens(
-        A: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
-        B: T.Buffer((pack,), spec.scalar, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1),
-    ):
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:lanes, 0:pack], B[0:pack])
-            T.writes(C[0:lanes])
-            for i, k in T.grid(lanes, pack):
-                with T.sblock("dot"):
-                    vi, vk = T.axis.remap("SR", [i, k])
-                    C[vi] = C[vi] + T.cast(A[vi, vk], "int32") * T.cast(B[vk], "int32")
+    def body(total: Any, vector: Any, scalar: Any) -> None:
+        deep = {"d": spec.depth} if spec.depth > 1 else {}
+        with stage("dot", {"i": spec.lanes}, {**deep, "k": spec.pack}) as (i, *d, k):
+            factors = vector[(*d, i, k)], scalar[(*d, k)]
+            left, right = factors if spec.form == "tokens" else factors[::-1]
+            T.reads(total[i], left, right)
+            T.writes(total[i])
+            store(total, total[i] + T.cast(left, "int32") * T.cast(right, "int32"), [i])
 
-    @T.prim_func(s_tir=True)
-    def outputs(
-        A: T.Buffer((pack,), spec.scalar, offset_factor=1),
-        B: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1),
-    ):
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:pack], B[0:lanes, 0:pack])
-            T.writes(C[0:lanes])
-            for i, k in T.grid(lanes, pack):
-                with T.sblock("dot"):
-                    vi, vk = T.axis.remap("SR", [i, k])
-                    C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
-
-    return tokens if spec.form == "tokens" else outputs
-
-
-def _describe_deep(spec: IntrinSpec) -> Any:
-    """As `_describe`, of form tokens with a depth."""
-    lanes, pack, depth = spec.lanes, spec.pack, spec.depth
-
-    @T.prim_func(s_tir=True)
-    def deep(
-        A: T.Buffer((depth, lanes, pack), spec.vector, offset_factor=1),
-        B: T.Buffer((depth, pack), spec.scalar, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1),
-    ):
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:depth, 0:lanes, 0:pack], B[0:depth, 0:pack])
-            T.writes(C[0:lanes])
-            for i, d, k in T.grid(lanes, depth, pack):
-                with T.sblock("dot"):
-                    vi, vd, vk = T.axis.remap("SRR", [i, d, k])
-                    C[vi] = C[vi] + T.cast(A[vd, vi, vk], "int32") * T.cast(B[vd, vk], "int32")
-
-    return deep
+    return _function(spec, body)
 
 
 def _implement(spec: IntrinSpec) -> Any:
-    if spec.depth > 1:
-        return _implement_deep(spec)
-    lanes, pack, step = spec.lanes, spec.pack, spec.step
+    def body(total: Any, vector: Any, scalar: Any) -> None:
+        with T.unroll(spec.lanes // spec.step) as part:
+            IRBuilder.name("part", part)
+            first = part * spec.step
+            store(total, _product(spec, total, vector, scalar, first), [tirx.Ramp(first, 1, spec.step)])
 
-    @T.prim_func(s_tir=True)
-    def tokens(
-        A: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
-        B: T.Buffer((pack,), spec.scalar, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1),
-    ):
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:lanes, 0:pack], B[0:pack])
-            T.writes(C[0:lanes])
-            for part in T.unroll(lanes // step):
-                C[T.ramp(part * step, 1, step)] = _product(spec, C, A, B, part * step)
-
-    @T.prim_func(s_tir=True)
-    def outputs(
-        A: T.Buffer((pack,), spec.scalar, offset_factor=1),
-        B: T.Buffer((lanes, pack), spec.vector, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1),
-    ):
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:pack], B[0:lanes, 0:pack])
-            T.writes(C[0:lanes])
-            for part in T.unroll(lanes // step):
-                C[T.ramp(part * step, 1, step)] = _product(spec, C, B, A, part * step)
-
-    return tokens if spec.form == "tokens" else outputs
-
-
-def _implement_deep(spec: IntrinSpec) -> Any:
-    lanes, pack, step, depth = spec.lanes, spec.pack, spec.step, spec.depth
-
-    @T.prim_func(s_tir=True)
-    def deep(
-        A: T.Buffer((depth, lanes, pack), spec.vector, offset_factor=1),
-        B: T.Buffer((depth, pack), spec.scalar, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1),
-    ):
-        with T.sblock("root"):
-            T.reads(C[0:lanes], A[0:depth, 0:lanes, 0:pack], B[0:depth, 0:pack])
-            T.writes(C[0:lanes])
-            for part in T.unroll(lanes // step):
-                C[T.ramp(part * step, 1, step)] = _product(spec, C, A, B, part * step)
-
-    return deep
+    return _function(spec, body)
 
 
 def _product(spec: IntrinSpec, C: Any, vector: Any, scalar: Any, first: int) -> Any:
