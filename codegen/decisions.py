@@ -1,13 +1,13 @@
 """What is decided about a kernel before any code of it exists: frozen records that packing, kernel and schedule only read.
 
 They are chosen in `schedules/` and carried by the plan. Adding a decision is a field here, its default in
-`schedules/decide.py` and whoever reads it.
+`schedules/decide.py`, its legal values in `schedules/space.py` and whoever reads it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tilewright.codegen.formats import AttentionOperands, Format, Layout, Operands
 
@@ -91,6 +91,11 @@ class LinearDecisions:
         return self.storage.block
 
     @property
+    def packing(self) -> tuple[Any, ...]:
+        """What the packed weights and the format of the activations follow: decisions that agree in it read the same arrays."""
+        return self.storage, self.operands, self.row_block, self.together, self.depth, self.rows_at_once, self.partial_sums
+
+    @property
     def input(self) -> Format:
         """The format in which the kernel reads its activations."""
         layout = FAMILY_LAYOUT[self.family]
@@ -99,7 +104,12 @@ class LinearDecisions:
 
 @dataclass(frozen=True)
 class AttentionDecisions:
-    """All that is decided about an attention kernel. tile: keys, then channels, whose accumulators are live together."""
+    """All that is decided about an attention kernel.
+
+    keys: whose scores are summed together, a multiple of the operands' pack that divides 16. channels: whose context is summed
+    together; divides a head's.
+    """
 
     operands: AttentionOperands
-    tile: int
+    keys: int
+    channels: int

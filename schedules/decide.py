@@ -39,7 +39,8 @@ def decide_linear(storage: Storage, n: int, k: int, density: int, isa: Isa, dept
 
 def decide_attention(channels: int, isa: Isa) -> AttentionDecisions:
     """Four keys, or channels, by 16 lanes fill half of 16 registers. Of 32 wide ones 8 are few, but hide products' latency."""
-    return AttentionDecisions(isa.attention, 8 if isa.registers == 32 and channels % 8 == 0 else 4)
+    together = 8 if isa.registers == 32 and channels % 8 == 0 else 4
+    return AttentionDecisions(isa.attention, together, together)
 
 
 def _row_block(storage: Storage, n: int, isa: Isa) -> int:

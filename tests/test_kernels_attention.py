@@ -22,6 +22,7 @@ from tests.kernel_harness import (
     spread,
     to_groups,
 )
+from tilewright.codegen.decisions import AttentionDecisions
 from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.workload import KernelSpec
 from tilewright.schedules.decide import decide_attention
@@ -35,15 +36,20 @@ LENGTHS = {
 
 
 @cache
-def compiled(isa: str, heads: int, channels: int, longest: int, consumer: str) -> Kernel:
-    stored = read_as(isa, consumer)
-    own = KernelSpec("attention", heads, channels, isa, stored.label, decide_attention(channels, ISAS[isa]))
+def compiled(
+    isa: str, heads: int, channels: int, longest: int, consumer: str, made: AttentionDecisions | None = None
+) -> Kernel:
+    stored, made = read_as(isa, consumer), made or decide_attention(channels, ISAS[isa])
+    own = KernelSpec("attention", heads, channels, isa, stored.label, made)
     return Kernel.of(attention(own, stored, longest), own)
 
 
 def run(isa: str, size: tuple, lengths: list[int], q: Array, k: Array, v: Array, quant: Array, garbage: np.random.Generator):
-    """Context u8[T, H]; lanes past the last token hold random operands, as memory that is used again does."""
-    heads, channels, _, consumer = size
+    """Context u8[T, H]; lanes past the last token hold random operands, as memory that is used again does.
+
+    size: an entry of SIZES, after which decisions may stand.
+    """
+    heads, channels, _, consumer, *_ = size
     hidden = heads * channels
     held, stored = ISAS[isa].attention, read_as(isa, consumer)
     offsets = np.cumsum([0, *lengths]).astype(np.int32)
@@ -90,7 +96,7 @@ def draw(random: np.random.Generator, tokens: int, hidden: int, values: str) -> 
 
 
 def check(isa: str, size: tuple, lengths: list[int], values: str, sharpness: float, seed: int) -> None:
-    heads, channels, _, _ = size
+    heads, channels, *_ = size
     random = np.random.default_rng(seed)
     tokens = sum(lengths)
     q, k, v = draw(random, tokens, heads * channels, values)

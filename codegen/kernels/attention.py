@@ -41,7 +41,7 @@ def attention(spec: KernelSpec, consumer: Format, max_positions: int) -> tvm.tir
     output: context u8 in the format `consumer`, 0 in lanes of no sequence.
     Blocks `score`, `total` and `context` are dot products [16, pack] x [pack] -> s32[16] for tensorize.
     """
-    heads, channels, operands, size = spec.n, spec.k, spec.attention.operands, spec.attention.tile
+    heads, channels, operands, size = spec.n, spec.k, spec.attention.operands, spec.attention.keys
     hidden, pack = heads * channels, operands.pack
 
     def body() -> None:
@@ -60,6 +60,7 @@ def attention(spec: KernelSpec, consumer: Format, max_positions: int) -> tvm.tir
                 scores=scratch("scores", [positions, GROUP], "int32"),
                 weights=scratch("weights", [positions // pack, GROUP, pack], operands.weight),
                 tile=scratch("tile", [size, GROUP], "int32"),
+                sums=scratch("sums", [spec.attention.channels, GROUP], "int32"),
                 largest=scratch("largest", [GROUP], "int32"),
                 word=scratch("word", [GROUP], "int32"),
                 ones=scratch("ones", [pack], operands.query),
@@ -88,8 +89,8 @@ class Task:
     """What the stages of one (head, group of queries) read and what they hand to each other.
 
     scores s32[positions, 16] and weights [positions / pack, 16, pack] of the keys from a sequence's `Keys.first` on; largest
-    s32[16] score of the sequence's own; total s32[16] of the weights; tile, accumulators of the products; mixed [channels, 16],
-    the context of all sequences so far.
+    s32[16] score of the sequence's own; total s32[16] of the weights; tile and sums, accumulators of scores and of the context;
+    mixed [channels, 16], the context of all sequences so far.
     """
 
     spec: KernelSpec
@@ -103,17 +104,13 @@ class Task:
     scores: Any
     weights: Any
     tile: Any
+    sums: Any
     largest: Any
     word: Any
     ones: Any
     total: Any
     ratio: Any
     mixed: Any
-
-    @property
-    def size(self) -> int:
-        """Accumulators that are live together."""
-        return self.spec.attention.tile
 
     @property
     def pack(self) -> int:
@@ -153,7 +150,7 @@ class Keys:
 
 def _scores(task: Task, keys: Keys) -> None:
     """scores = q k^T of whole tiles of keys; largest counts the sequence's own keys only."""
-    size, rows = task.size, task.spec.k // task.pack
+    size, rows = task.spec.attention.keys, task.spec.k // task.pack
 
     def take_largest(block: Expr, all_own: bool) -> None:
         with _loop(T.unroll, "j", size) as j, _lanes() as i:
@@ -227,10 +224,10 @@ def _weights(task: Task, keys: Keys, first: Expr, query: Expr, all_own: bool) ->
 
 def _context(task: Task, keys: Keys) -> None:
     """mixed = weights v * ratio, quantised, in the lanes of the sequence's own queries."""
-    size, pack, channels = task.size, task.pack, task.spec.k
+    size, pack, channels = task.spec.attention.channels, task.pack, task.spec.k
     hidden = task.spec.n * channels
     with _loop(T.serial, "block", channels // size) as block:
-        _clear(task.tile)
+        _clear(task.sums)
         # group by group, within which addresses are a constant stride apart
         with _loop(T.serial, "k", T.ceildiv(keys.end, GROUP) - keys.first // GROUP) as k:
             origin = _bind("origin", keys.first // GROUP * GROUP + k * GROUP)
@@ -242,9 +239,9 @@ def _context(task: Task, keys: Keys) -> None:
                 pair = _axis(T.axis.reduce, "pair", task.weights.shape[0], (origin - keys.first) // pack + skipped + j)
                 part = _axis(T.axis.reduce, "part", GROUP // pack, skipped + j)
                 group = _axis(T.axis.reduce, "group", task.groups, keys.first // GROUP + k)
-                _dot(task.tile, [vc], task.weights, [pair], task.value, lambda p: [group, channel, part * pack + p])
+                _dot(task.sums, [vc], task.weights, [pair], task.value, lambda p: [group, channel, part * pack + p])
         with _loop(T.unroll, "c", size) as c, _lanes() as i:
-            real = T.cast(task.tile[c, i], "float32") * task.ratio[i]
+            real = T.cast(task.sums[c, i], "float32") * task.ratio[i]
             value = quantize(real, 0, 255, task.mixed.dtype, task.quant[2])
             place = [block * size + c, i]
             store(task.mixed, T.Select(keys.owns(task.group * GROUP + i), value, task.mixed[tuple(place)]), place)

@@ -118,12 +118,13 @@ def _scatter(nest: Nest, lanes: Layout, small: Any, into: Outputs, put: Put, pac
                 put(into, n, g, 0, rows[0], rows, tirx.Ramp(n % pack, pack, GROUP))
 
 
-def orders_bytes(epilogue: Epilogue, tile: int) -> bool:
+def orders_bytes(epilogue: Epilogue, tile: int, halved: bool) -> bool:
     """Whether the epilogue takes the accumulators of a `mixed` nest: bytes are put in order with a quarter of the shuffles.
 
-    They are stored as rows of `tile` groups, so that the consumer's groups must stand together so.
+    They are stored as rows of `tile` groups, so that the consumer's groups must stand together so. Two groups must be `halved`
+    (see `bytes_in_order`).
     """
-    if not isinstance(epilogue, Activate):
+    if not isinstance(epilogue, Activate) or (tile == 2 and not halved):
         return False
     return (epilogue.consumer.layout, epilogue.consumer.dtype, epilogue.consumer.together) == ("columns", "uint8", tile)
 

@@ -36,7 +36,7 @@ def index_step(made: LinearDecisions, k: int) -> int:
     If 16 bits do not hold that for all `k` rows, it is the distance in a smaller one. Other tiles scale the index.
     """
     row = GROUP * int(DataType(made.operands.activation).bits) // 8 // INDEX_BYTES
-    return next((row * tile for tile in made.token_tiles if (k - 1) * row * tile < 1 << 16), row)
+    return next((row * tile for tile in made.input.tiles if (k - 1) * row * tile < 1 << 16), row)
 
 
 def _nests(made: LinearDecisions, groups: Expr) -> Iterator[tuple[int, Expr, Expr]]:
@@ -76,7 +76,7 @@ def linear(spec: KernelSpec, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
             for tile, first, count in _nests(made, groups):
                 extents = {"q": count, "t": GROUP, "nb": spec.n // width, "ni": width, "j": tile}
                 order = ("q", "t", "nb", "ni") if lanes == "rows" else ("q", "nb", "ni", "j", "t")
-                mixed = made.family == "gather" and tile > 1 and orders_bytes(epilogue, tile)
+                mixed = made.family == "gather" and tile > 1 and orders_bytes(epilogue, tile, made.halves)
                 nest = Nest(tile, first, count, {name: extents[name] for name in order}, mixed)
                 sums = PRODUCTS[made.family](spec, nest, x, weights)
 
