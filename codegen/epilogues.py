@@ -18,18 +18,25 @@ Argument = tuple[str, tuple[Any, ...], str]
 class Norm:
     """A LayerNorm: layouts of its float32 input (`residual`) and float32 output (`stream`), format of the u8 copy (`consumer`).
 
-    There is no u8 copy if `consumer` is None.
+    There is no u8 copy if `consumer` is None. channels: those that are normalised, where more are stored. The rest are 0, and
+    are left out of the last stream, which the head reads.
     """
 
     eps: float
     residual: Layout
     stream: Layout
     consumer: Format | None
+    channels: int | None = None
 
     @property
     def label(self) -> str:
-        """The layouts, for the epilogue's label."""
-        return f"{self.residual}>{self.stream}" + (f">{self.consumer.label}" if self.consumer else "")
+        """The layouts and the channels, for the epilogue's label."""
+        of = f"/{self.channels}" if self.channels else ""
+        return f"{self.residual}>{self.stream}" + (f">{self.consumer.label}" if self.consumer else "") + of
+
+    def written(self, hidden: int) -> int:
+        """Channels of the float32 output, of `hidden` that are stored."""
+        return self.channels if self.channels and self.consumer is None else hidden
 
     def inputs(self, hidden: int) -> tuple[Argument, ...]:
         """gamma f32[H], beta f32[H] and quant f32[2] = (1 / scale, zero point) of the u8 copy."""
@@ -37,7 +44,7 @@ class Norm:
 
     def outputs(self, groups: Any, hidden: int) -> tuple[Argument, ...]:
         """The float32 stream and, if there is a consumer, the u8 copy."""
-        stream = ("stream", Format(self.stream, "float32").shape(groups, hidden), "float32")
+        stream = ("stream", Format(self.stream, "float32").shape(groups, self.written(hidden)), "float32")
         if self.consumer is None:
             return (stream,)
         return stream, ("quantized", self.consumer.shape(groups, hidden), self.consumer.dtype)

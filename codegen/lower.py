@@ -18,6 +18,7 @@ from tilewright.codegen.kernels.head import VECTOR, padded_width, pool, sequence
 from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear, Quantization
 from tilewright.codegen.packing import pack_linear
+from tilewright.codegen.pad import is_padded
 from tilewright.codegen.plan import LayerPlan, LinearPlan, Plan
 from tilewright.codegen.program import Array, Program, Value
 from tilewright.codegen.workload import KernelSpec, Workload
@@ -68,18 +69,18 @@ class Lowered:
 
 
 def lower(model: EncoderModel, plan: Plan, max_tokens: int = 4096) -> Lowered:
-    """Lower a quantised `model` as `plan` says; the module takes up to `max_tokens` tokens a call (at least a sequence).
+    """Lower a quantised, padded `model` as `plan` says; its module takes up to `max_tokens` tokens (at least a sequence).
 
-    Raises InvalidModel for a float model, UnsupportedModel for sizes that no kernel serves, ScheduleMismatch for the
+    Raises InvalidModel for a float model, UnsupportedModel for one that is not padded, ScheduleMismatch for the
     plan of another model.
     """
     config = model.config
     if not model.quantized:
         raise InvalidModel("cannot compile a float model; quantise it first: tilewright quantize MODEL --texts FILE -o OUT")
-    if config.hidden_size % VECTOR or config.intermediate_size % VECTOR or config.head_dim % 4:
+    if not is_padded(model):
         raise UnsupportedModel(
-            f"hidden size {config.hidden_size}, intermediate size {config.intermediate_size} and head size "
-            f"{config.head_dim} are not multiples of 16, 16 and 4, which the kernels need"
+            f"no kernel divides hidden size {config.hidden_size}, head size {config.head_dim} or intermediate size "
+            f"{config.intermediate_size}; plan and lower pad(model) instead"
         )
     if len(plan.layers) != len(model.layers):
         raise ScheduleMismatch(f"the plan has {len(plan.layers)} layers, the model {len(model.layers)}; plan this model")
@@ -122,10 +123,13 @@ class _Lowering:
     ) -> tuple[Norm, list[str], list[Value]]:
         """The norm, its parameter names and its results: the stream (in rows for the head) and the u8 copy if consumed."""
         stream: Layout = self.plan.residual if consumer else "rows"
+        meant, stored = self.config.hidden_size, self.model.stored_hidden
+        channels = meant if meant < stored else None
         quant = np.zeros(2, np.float32) if consumer is None else _quant(consumer[1])
         names = self.program.add_parameters(name, {"gamma": weights.weight, "beta": weights.bias, "quant": quant})
-        norm = Norm(weights.eps, self.plan.residual, stream, consumer[0] if consumer else None)
-        outputs = norm.outputs(self.program.groups, self.config.hidden_size)
+        consumed = consumer[0] if consumer else None
+        norm = Norm(weights.eps, self.plan.residual, stream, consumed, channels)
+        outputs = norm.outputs(self.program.groups, stored)
         results = [Value(LAST if consumer is None else f"{name}.{output}", shape, dtype) for output, shape, dtype in outputs]
         return norm, names, results
 
@@ -155,7 +159,7 @@ class _Lowering:
 
     def _layer(self, index: int, layer: Layer, plan: LayerPlan, stream: str, small: str) -> tuple[str, str]:
         program, config, name = self.program, self.config, f"layer{index}"
-        hidden, attn = config.hidden_size, layer.attention
+        attn, head_dim = layer.attention, self.model.stored_head_dim
         qs, ks, vs = (_known(scale) for scale in (attn.query_scale, attn.key_scale, attn.value_scale))
         linears, epilogue = (attn.query, attn.key, attn.value), Qkv(plan.attention.operands)
         qkv = self._linear(f"{name}.qkv", linears, plan.qkv, epilogue, small, divisors=(qs, ks, vs))
@@ -164,8 +168,8 @@ class _Lowering:
         score = np.float32(qs * ks / config.head_dim**0.5)
         quant = np.array([score, vs / context_quant.scale, context_quant.zero_point], np.float32)
         consumer = plan.output.input
-        context = Value(f"{name}.context", consumer.shape(program.groups, hidden), consumer.dtype)
-        spec = KernelSpec("attention", config.num_heads, config.head_dim, self.plan.isa, consumer.label, plan.attention)
+        context = Value(f"{name}.context", consumer.shape(program.groups, len(attn.value.bias)), consumer.dtype)
+        spec = KernelSpec("attention", config.num_heads, head_dim, self.plan.isa, consumer.label, plan.attention)
         program.call(
             "attention",
             spec,

@@ -160,6 +160,17 @@ class EncoderModel:
     notes: tuple[str, ...] = ()
 
     @property
+    def stored_hidden(self) -> int:
+        """Channels of the residual stream in the arrays: `config.hidden_size`, or more once padded (`codegen/pad.py`)."""
+        return int(self.embeddings.word.shape[1])
+
+    @property
+    def stored_head_dim(self) -> int:
+        """Channels of a head in the arrays: `config.head_dim`, or more."""
+        linears = self.linears()
+        return len(linears[0].bias) // self.config.num_heads if linears else self.config.head_dim
+
+    @property
     def quantized(self) -> bool:
         """Whether every encoder Linear is s8, and its input's quantisation and every attention scale is known."""
         return all(linear.quantized and linear.input is not None for linear in self.linears()) and all(

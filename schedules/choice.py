@@ -63,14 +63,14 @@ def choose(n: int, k: int, kind: Kind, block: Block | None, density: float, isa:
 
 
 def plan(model: EncoderModel, isa: Isa, cpu: str | None = None, sparse: Sparse = "auto") -> Plan:
-    """Decide every kernel of `model`, and the layout of the residual stream: that of most linears' accumulators.
+    """Decide every kernel of a padded `model`, and the layout of the residual stream: that of most linears' accumulators.
 
     cpu: the LLVM CPU whose rates tell what pays; None for what is known of the level. sparse: anything but auto overrules them.
     """
     rates = find(isa.name, cpu) if sparse == "auto" else None
     if sparse == "never":
         model = model.map_linears(lambda linear: replace(linear, block=None))
-    layers = tuple(_layer(layer, model.config.head_dim, isa, rates, sparse != "never") for layer in model.layers)
+    layers = tuple(_layer(layer, model.stored_head_dim, isa, rates, sparse != "never") for layer in model.layers)
     streams = Counter(linear.decisions.storage.lanes for layer in layers for linear in layer.linears())
     return Plan(isa.name, layers, streams.most_common(1)[0][0] if streams else "rows")
 

@@ -38,8 +38,9 @@ CLASSES = [
     "DistilBertForSequenceClassification",
 ]
 FINE, SQUARE, COARSE = (4, 1), (4, 4), (16, 4)
-# blocks of query, key and value; of output; of up; of down; for each of the two layers
-SPARSITY: dict[str, tuple[tuple[tuple[int, int] | None, ...], ...]] = {
+Blocks = tuple[tuple[tuple[int, int] | None, ...], ...]
+"""Blocks of query, key and value; of output; of up; of down; for each of the two layers."""
+SPARSITY: dict[str, Blocks] = {
     "dense": ((None,) * 4,) * 2,
     "fine": ((FINE,) * 4,) * 2,
     "coarse": ((COARSE,) * 4,) * 2,
@@ -59,7 +60,7 @@ class Compiled:
         """A tiny model of transformers class `name`, pruned as `sparsity` says and quantised."""
         if (name, sparsity) not in self.models:
             place = self.directory / f"{name}-{sparsity}"
-            source = prune(load(tiny.save(tiny.build(name), place)), sparsity)
+            source = prune(load(tiny.save(tiny.build(name), place)), SPARSITY[sparsity])
             self.models[name, sparsity] = load(quantize(source, tiny.texts(40), place / "int8"))
         return self.models[name, sparsity]
 
@@ -79,8 +80,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return Compiled(tmp_path_factory.mktemp("compiled"))
 
 
-def prune(model: EncoderModel, sparsity: str) -> EncoderModel:
-    """Zero four of five blocks, at random."""
+def prune(model: EncoderModel, blocks: Blocks) -> EncoderModel:
+    """Zero four of five of these blocks, at random."""
     random = np.random.default_rng(0)
 
     def pruned(linear: Linear, block: tuple[int, int] | None) -> Linear:
@@ -91,7 +92,7 @@ def prune(model: EncoderModel, sparsity: str) -> EncoderModel:
         return replace(linear, weight=linear.weight * mask)
 
     layers = []
-    for layer, (qkv, output, up, down) in zip(model.layers, SPARSITY[sparsity], strict=True):
+    for layer, (qkv, output, up, down) in zip(model.layers, blocks, strict=True):
         own = layer.attention
         attention = replace(
             own,
@@ -327,7 +328,7 @@ def test_an_artifact_for_a_cpu_we_are_not_on_is_refused(compiled: Compiled, isa:
 
 def test_a_checkpoint_by_path(compiled: Compiled, tmp_path: Path) -> None:
     """The same artifact as from the model in memory, with where it came from."""
-    source = prune(load(tiny.save(tiny.build("BertModel"), tmp_path / "float")), "mixed")
+    source = prune(load(tiny.save(tiny.build("BertModel"), tmp_path / "float")), SPARSITY["mixed"])
     checkpoint = quantize(source, tiny.texts(40), tmp_path / "int8")
     artifact = tilewright.compile(checkpoint, "portable", tmp_path / "out.tw")
     steps = artifact.manifest.provenance["steps"]

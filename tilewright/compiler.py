@@ -17,6 +17,7 @@ from tilewright.codegen.artifact import check_output, write_artifact
 from tilewright.codegen.build import build
 from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Head
+from tilewright.codegen.pad import pad
 from tilewright.codegen.passes import dump
 from tilewright.codegen.workload import describe
 from tilewright.cpu import cpu_features
@@ -72,7 +73,7 @@ def compile(
         raise InvalidInput(f"max_tokens is {max_tokens}; expected 1 to {MAX_TOKENS}")
     check_output(output, overwrite=overwrite)
     progress("load")
-    model = model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check)
+    model = pad(model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check))
     pool, levels, libraries = WeightPool(), [], {}
     with _working_directory() as place:
         for isa in isas:

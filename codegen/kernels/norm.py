@@ -24,11 +24,11 @@ from tilewright.codegen.kernels.common import (
 
 
 def before_norm(groups: Expr, hidden: int, norm: Norm, outputs: tuple[Any, ...]) -> Any:
-    """What is to be normalised, f32: the stream, which is then normalised in place, or scratch if that has another layout.
+    """What is to be normalised, f32: the stream, which is then normalised in place, or scratch if that has another form.
 
     In place, half as much memory takes part, and what is left of it stays in the L2 cache.
     """
-    if norm.stream == norm.residual:
+    if norm.stream == norm.residual and norm.written(hidden) == hidden:
         return alias(outputs[0])
     return scratch("pre", Format(norm.residual, "float32").shape(groups, hidden), "float32")
 
@@ -41,12 +41,14 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, args: tuple[Any
     (gamma, beta, quant), (stream, *copy), consumer = args, outputs, norm.consumer
     total, spread, inverse = (scratch(name, [groups, GROUP], "float32") for name in ("total", "spread", "inverse"))
     tokens: dict[str, Expr] = {"g": groups, "t": GROUP}
+    channels = norm.channels or hidden
 
     def value(g: Expr, t: Expr, c: Expr) -> Expr:
         return pre[tuple(at(norm.residual, g, t, c))]
 
     def centered(g: Expr, t: Expr, c: Expr) -> Expr:
-        return value(g, t, c) - total[g, t] * T.float32(1.0 / hidden)
+        difference = value(g, t, c) - total[g, t] * T.float32(1.0 / channels)
+        return difference if channels == hidden else T.Select(c < channels, difference, T.float32(0.0))
 
     with stage("total", tokens, {"c": hidden}) as (g, t, c):
         with T.init():
@@ -57,12 +59,12 @@ def norm_stages(pre: Any, groups: Expr, hidden: int, norm: Norm, args: tuple[Any
             store(spread, T.float32(0.0), [g, t])
         store(spread, spread[g, t] + centered(g, t, c) * centered(g, t, c), [g, t])
     with stage("inverse", tokens) as (g, t):
-        store(inverse, T.float32(1.0) / T.sqrt(spread[g, t] * T.float32(1.0 / hidden) + T.float32(norm.eps)), [g, t])
+        store(inverse, T.float32(1.0) / T.sqrt(spread[g, t] * T.float32(1.0 / channels) + T.float32(norm.eps)), [g, t])
     packs = consumer is not None and consumer.layout == "packed"
     small: Any = copy[0] if copy else None
     if packs and consumer is not None:
         small = scratch("small", Format(norm.residual, consumer.dtype).shape(groups, hidden), consumer.dtype)
-    with stage("norm", {**tokens, "c": hidden}) as (g, t, c):
+    with stage("norm", {**tokens, "c": norm.written(hidden)}) as (g, t, c):
         real = centered(g, t, c) * inverse[g, t] * gamma[c] + beta[c]
         if consumer is not None:
             value_u8 = quantize(real * quant[0], 0, 255, consumer.dtype, quant[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,14 +32,16 @@ def inspect(
         _inspect_artifact(model, as_json)
         return
     from tilewright import frontend
+    from tilewright.codegen.pad import pad
     from tilewright.cpu import cpu_features
     from tilewright.schedules.choice import plan
     from tilewright.schedules.isa import known_cpu, resolve
 
     isa = resolve(target, cpu_features())
     loaded = frontend.load(model, self_check)
-    report = frontend.report(loaded)
-    plans = [linear for layer in plan(loaded, isa, known_cpu(target)).layers for linear in _per_linear(layer)]
+    padded = pad(loaded)
+    report = frontend.report(replace(loaded, notes=padded.notes))
+    plans = [linear for layer in plan(padded, isa, known_cpu(target)).layers for linear in _per_linear(layer)]
     if as_json:
         print_json(_as_json(model, isa.name, report, plans))
     else:
