@@ -87,9 +87,13 @@ def _config(model: EncoderModel, family: Family, packed: bool) -> dict[str, Any]
         settings[keys.token_types] = len(model.embeddings.token_type)
     if model.head.problem is not None:
         settings["problem_type"] = model.head.problem
-    if config.labels:
-        settings["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
-        settings["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    labels = config.labels
+    if not labels and model.head.projection is not None and model.head.kind != "question_answering":
+        # an ONNX file need not name them, but their number must be stated: transformers takes it to be two elsewise
+        labels = tuple(f"LABEL_{i}" for i in range(len(model.head.projection.bias)))
+    if labels:
+        settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        settings["label2id"] = {label: i for i, label in enumerate(labels)}
     return settings
 
 

@@ -51,6 +51,16 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
             assert np.abs(ours[output] - value).mean() < 0.1 * np.abs(value).mean()
 
 
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "DistilBertForTokenClassification"])
+def test_outputs_without_names_are_numbered(name: str, tmp_path: Path) -> None:
+    source = load(tiny.save(tiny.build(name, num_labels=5), tmp_path / "float"))
+    unnamed = replace(source, config=replace(source.config, labels=()))
+    model = load(quantize(unnamed, TEXTS, tmp_path / "out"))
+    assert model.head.projection is not None
+    assert len(model.head.projection.bias) == 5
+    assert model.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4")
+
+
 def test_every_value_is_in_range_and_zero_is_exact(checkpoint: Path) -> None:
     model = load(checkpoint)
     ranges = calibrate(model, TEXTS, "minmax", 100, 128, lambda done, total: None)

@@ -29,7 +29,7 @@ def build(name: str, seed: int = 0, **settings: object) -> torch.nn.Module:
         kind = getattr(transformers, f"{name.partition('For')[0].removesuffix('Model')}Config")
     positions = POSITIONS + 2 * ("Roberta" in name)  # the first two rows are not for tokens
     config = kind(vocab_size=VOCAB, max_position_embeddings=positions, attn_implementation="eager", **(sizes | settings))
-    if "Classification" in name and "id2label" not in settings:
+    if "Classification" in name and "id2label" not in settings and "num_labels" not in settings:
         config.num_labels = LABELS
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config).eval()
