@@ -75,6 +75,7 @@ def fuzz(kind: str, first: int, count: int, progress: Callable[[int, int], None]
         # unbuffered: a line that waits in a buffer would make its case look like one that hangs
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as worker:
             assert worker.stdout is not None
+            worker.stdout.readline()  # what cases share is made, however long a busy machine takes for it
             while number < first + count:
                 ready, _, _ = select.select([worker.stdout], [], [], SECONDS)
                 line = worker.stdout.readline() if ready else b""
@@ -99,6 +100,7 @@ def work(kind: str, first: int, count: int) -> None:
     sys.stdout = sys.stderr
     with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
         run = FUZZERS[kind](Path(directory))
+        print(json.dumps("ready"), file=lines, flush=True)
         for number in range(first, first + count):
             try:
                 end = (run(Random(number)), "")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 import tilewright
 from tests import tiny, toy
 from tests.test_artifact import edit_manifest
-from tests.test_end_to_end import prune
+from tests.test_end_to_end import SPARSITY, prune
 from tilewright.commands.artifact import report
 from tilewright.errors import InvalidArtifact, InvalidInput
 from tilewright.frontend import load
@@ -37,7 +37,7 @@ Weights = dict[str, NDArray[Any]]
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact whose linears are stored in several sparse blocks, and so with index arrays."""
     root = tmp_path_factory.mktemp("sparse")
-    source = prune(load(tiny.save(tiny.build("BertModel"), root / "float")), "mixed")
+    source = prune(load(tiny.save(tiny.build("BertModel"), root / "float")), SPARSITY["mixed"])
     quantize(source, tiny.texts(20), root / "int8")
     return tilewright.compile(root / "int8", "avx2,avx512vnni", root / "model.tw").path
 

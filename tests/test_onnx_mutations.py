@@ -47,6 +47,7 @@ def test_fuzz_tells_crashes_and_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that dies or stops ends its case, and the next one goes on behind it."""
     script = (
         "import os, sys, time; first = int(sys.argv[sys.argv.index('--first') + 1])\n"
+        "print('\"ready\"', flush=True)\n"
         "for number in range(first, 5):\n"
         "    if number == 1: os.abort()\n"
         "    if number == 3: time.sleep(60)\n"
