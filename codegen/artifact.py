@@ -15,8 +15,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from tilewright.artifact import sha256
+from tilewright.codegen.wordpiece import wordpiece_table
 from tilewright.errors import InvalidInput
-from tilewright.manifest import MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from tilewright.manifest import MANIFEST, TOKENIZER, WEIGHTS, WORDPIECE, Manifest
 from tilewright.scratch import scratch
 from tilewright.weights import write_weights
 
@@ -36,8 +37,9 @@ def write_artifact(
 ) -> Manifest:
     """Write the shared object that `libraries` names for each level, the tensors `weights`, the manifest and tokenizer.json.
 
-    Fills in the manifest's `files` and returns it. The directory appears at `path` whole, replacing an
-    artifact there if `overwrite`; on any failure or interrupt nothing is left behind and what was there stays.
+    A tokenizer that C code can repeat is also written as the table which that reads. Fills in the manifest's `files` and
+    returns it. The directory appears at `path` whole, replacing an artifact there if `overwrite`; on any failure or interrupt
+    nothing is left behind and what was there stays.
     Raises InvalidInput for an output that cannot be written or must not be replaced.
     """
     with _replacing(check_output(path, overwrite=overwrite)) as directory:
@@ -46,6 +48,8 @@ def write_artifact(
         write_weights(directory / WEIGHTS, weights)
         if tokenizer is not None:
             (directory / TOKENIZER).write_text(tokenizer, "utf-8")
+            if (table := wordpiece_table(tokenizer)) is not None:
+                (directory / WORDPIECE).write_bytes(table)
         files = {file.name: sha256(file) for file in sorted(directory.iterdir())}
         complete = dataclasses.replace(manifest, files=files)
         text = complete.to_json()

@@ -25,6 +25,7 @@ GROUP = 16  # tokens per group of the compiled module's token axis
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+WORDPIECE = "wordpiece.bin"
 
 MAX_TOKENS = 1 << 20
 """The largest `Limits.max_tokens`: 64 KB of activations each, for hidden size 768, make more than 50 GB of it already."""
