@@ -63,5 +63,5 @@ $(VENV)/installed-quickstart: pyproject.toml $(VENV)/created
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml $(VENV)/created
-	$(INSTALL) -e '.[dev,pipeline,bench,tune]'
+	$(INSTALL) -e '.[dev,pipeline,bench,tune,serve]'
 	touch $@

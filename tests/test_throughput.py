@@ -164,8 +164,8 @@ def test_interrupt_ends_the_instances(toy_artifact: Path) -> None:
 
 
 def instances_of(parent: int) -> list[int]:
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    return [int(pid) for pid in text.split() if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    children = [int(pid) for file in Path(f"/proc/{parent}/task").glob("*/children") for pid in file.read_text().split()]
+    return [pid for pid in children if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.manifest import LayerRecord, LevelRecord, Limits, Manifest, Output, Parameter
+from tilewright.manifest import Head, LayerRecord, LevelRecord, Limits, Manifest, Output, Parameter
 
 WIDTH = 8
 LIMITS = Limits(vocab_size=100, max_positions=32, max_tokens=64, token_types=2)
@@ -23,11 +23,11 @@ SHIFT = np.arange(3, dtype=np.int8)  # makes the file need a gap before the tabl
 PAGE = 4096  # bytes
 
 
-def parameters(shift: int = len(SHIFT)) -> dict[str, Parameter]:
-    """The toy's parameters, with so many elements in the shift."""
+def parameters(shift: int = len(SHIFT), width: int = WIDTH) -> dict[str, Parameter]:
+    """The toy's parameters, with so many elements in the shift and columns in the table."""
     return {
         "shift": Parameter("shift", "int8", (shift,)),
-        "table": Parameter("table", "float32", TABLE.shape, "vocab_size"),
+        "table": Parameter("table", "float32", (LIMITS.vocab_size, width), "vocab_size"),
     }
 
 
@@ -62,8 +62,8 @@ def expected(ids: list[int], types: list[int] | None = None) -> dict[str, np.nda
     return {"hidden": hidden, "score": hidden[:, 0], "total": hidden.sum(0)}
 
 
-def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1) -> Path:
-    """Compile the toy module, with so many elements in the shift, to a shared object; a position counts `positions`."""
+def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1, width: int = WIDTH) -> Path:
+    """Compile the toy module to a shared object: so many elements in the shift, what a position counts, columns of hidden."""
     import tvm
     from tvm.script import ir as I
     from tvm.script import relax as R
@@ -81,10 +81,10 @@ def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1) -> Pa
             ids = T.match_buffer(ids_, (G, 16), "int32")
             positions = T.match_buffer(positions_, (G, 16), "int32")
             types = T.match_buffer(types_, (G, 16), "int32")
-            table = T.match_buffer(table_, (100, 8), "float32")
-            out = T.match_buffer(out_, (G, 16, 8), "float32")
+            table = T.match_buffer(table_, (100, width), "float32")
+            out = T.match_buffer(out_, (G, 16, width), "float32")
             for g in T.parallel(G):
-                for t, c in T.grid(16, 8):
+                for t, c in T.grid(16, width):
                     with T.sblock("hidden"):
                         vg, vt, vc = T.axis.remap("SSS", [g, t, c])
                         out[vg, vt, vc] = table[ids[vg, vt], vc] + T.Cast(
@@ -94,7 +94,7 @@ def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1) -> Pa
         def score(hidden_: T.handle, out_: T.handle):
             T.func_attr({"tirx.noalias": True})
             G = T.int64()
-            hidden = T.match_buffer(hidden_, (G, 16, 8), "float32")
+            hidden = T.match_buffer(hidden_, (G, 16, width), "float32")
             out = T.match_buffer(out_, (G, 16, 1), "float32")
             for g, t, c in T.grid(G, 16, 1):
                 with T.sblock("score"):
@@ -107,11 +107,11 @@ def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1) -> Pa
             G = T.int64()
             ends = T.int64()
             B = T.int64()
-            hidden = T.match_buffer(hidden_, (G, 16, 8), "float32")
+            hidden = T.match_buffer(hidden_, (G, 16, width), "float32")
             offsets = T.match_buffer(offsets_, (ends,), "int32")
             shift_values = T.match_buffer(shift_, (shift,), "int8")
-            out = T.match_buffer(out_, (B, 8), "float32")
-            for b, c in T.grid(B, 8):
+            out = T.match_buffer(out_, (B, width), "float32")
+            for b, c in T.grid(B, width):
                 with T.sblock("total"):
                     vb, vc = T.axis.remap("SS", [b, c])
                     out[vb, vc] = T.float32(0)
@@ -126,22 +126,29 @@ def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1) -> Pa
             position_ids: R.Tensor(("G", 16), "int32"),
             token_type_ids: R.Tensor(("G", 16), "int32"),
             offsets: R.Tensor(("ends",), "int32"),
-            params: R.Tuple(R.Tensor((shift,), "int8"), R.Tensor((100, 8), "float32")),
+            params: R.Tuple(R.Tensor((shift,), "int8"), R.Tensor((100, width), "float32")),
         ):
             R.func_attr({"tir_var_upper_bound": {"G": 4}})
             G = T.int64()
             ends = T.int64()
             with R.dataflow():
                 h = R.call_tir(
-                    Toy.hidden, (input_ids, position_ids, token_type_ids, params[1]), R.Tensor((G, 16, 8), "float32"))
+                    Toy.hidden, (input_ids, position_ids, token_type_ids, params[1]), R.Tensor((G, 16, width), "float32"))
                 score = R.call_tir(Toy.score, (h,), R.Tensor((G, 16, 1), "float32"))
-                total = R.call_tir(Toy.total, (h, offsets, params[0]), R.Tensor((ends - 1, 8), "float32"))
+                total = R.call_tir(Toy.total, (h, offsets, params[0]), R.Tensor((ends - 1, width), "float32"))
                 R.output(h, score, total)
             return (h, score, total)
     # fmt: on
 
     tvm.compile(Toy, tvm.target.Target({"kind": "llvm", "mcpu": "x86-64"})).export_library(str(path))
     return path
+
+
+def served(head: Head, *outputs: Output, labels: tuple[str, ...] = ()) -> Manifest:
+    """The toy as a model with a head; `outputs` name hidden, score and total, the first as wide as the table of its library."""
+    (level,) = MANIFEST.levels
+    levels = (replace(level, parameters=parameters(width=outputs[0].width)),)
+    return replace(MANIFEST, levels=levels, outputs=outputs, head=head, labels=labels)
 
 
 def write(path: Path, library: Path, manifest: Manifest | None = None, shift: NDArray[np.int8] = SHIFT) -> Path:
@@ -151,8 +158,10 @@ def write(path: Path, library: Path, manifest: Manifest | None = None, shift: ND
     if manifest is None:
         (level,) = MANIFEST.levels
         manifest = replace(MANIFEST, levels=(replace(level, parameters=parameters(len(shift))),))
+    table = manifest.levels[0].parameters.get("table")
+    width = table.shape[1] if table is not None else WIDTH
     libraries = {level.name: library for level in manifest.levels}
-    weights = {"shift": shift, "table": TABLE}
+    weights = {"shift": shift, "table": np.ascontiguousarray(TABLE[:, :width])}
     write_artifact(path, libraries=libraries, weights=weights, manifest=manifest, tokenizer=TOKENIZER)
     return path
 

@@ -25,12 +25,15 @@ from tilewright.commands import (
     provenance,
     quantize,
     run,
+    serve,
 )
 from tilewright.commands.output import fail
 from tilewright.errors import TilewrightError
 
-_EXTRAS = {"onnxruntime": "bench"} | dict.fromkeys(
-    ("accelerate", "matplotlib", "onnx", "torch", "torchmetrics", "transformers", "yaml"), "pipeline"
+_EXTRAS = (
+    {"onnxruntime": "bench"}
+    | dict.fromkeys(("accelerate", "matplotlib", "onnx", "torch", "torchmetrics", "transformers", "yaml"), "pipeline")
+    | dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve")
 )
 """Optional package to the extra that installs it."""
 
@@ -95,6 +98,7 @@ app.command("compress")(compress.compress)
 app.command("export")(export.export)
 app.command("compile")(compile.compile)
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("benchmark")(benchmark.benchmark)
 app.command("evaluate")(evaluate.evaluate)
 app.command("provenance")(provenance.provenance)

@@ -107,6 +107,10 @@ class Instance:
             raise reply
         return reply
 
+    def fileno(self) -> int:
+        """The socket, which is readable when there is a reply, or when the process has ended."""
+        return self._connection.fileno()
+
     def kill(self) -> None:
         """End the process at once, from any thread; a call under way raises InstanceDied."""
         self._process.kill()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.manifest import Manifest
+from tilewright.manifest import Head, Manifest
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -49,8 +49,16 @@ def interpret(manifest: Manifest, own: Mapping[str, Array], sequence: Tokens) ->
     return {**given, "tokens": len(sequence.ids), **reader(own, sequence, manifest.labels)}
 
 
-def _label(labels: Sequence[str], index: int) -> str:
+def label(labels: Sequence[str], index: int) -> str:
+    """Name of a class, as transformers names those without one."""
     return labels[index] if index < len(labels) else f"LABEL_{index}"
+
+
+def probabilities(head: Head, logits: Array) -> Array:
+    """Of the classes of a sequence, [classes]; of regression, which has none, the values as they are."""
+    if head.problem_type == "regression":
+        return logits
+    return _sigmoid(logits) if head.problem_type == "multi_label_classification" else _softmax(logits)
 
 
 def _softmax(logits: Array) -> Array:
@@ -85,14 +93,14 @@ def _answer(outputs: Mapping[str, Array], sequence: Tokens, _: Sequence[str]) ->
 def _class(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Result:
     probabilities = _softmax(outputs["logits"])
     index = int(probabilities.argmax())
-    named = {_label(labels, i): float(p) for i, p in enumerate(probabilities)}
-    return {"label": _label(labels, index), "index": index, "probability": float(probabilities[index]), "probabilities": named}
+    named = {label(labels, i): float(p) for i, p in enumerate(probabilities)}
+    return {"label": label(labels, index), "index": index, "probability": float(probabilities[index]), "probabilities": named}
 
 
 def _classes(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> Result:
     """Every label on its own: those that are more likely than not, and the probability of each."""
     probabilities = _sigmoid(outputs["logits"])
-    named = {_label(labels, i): float(p) for i, p in enumerate(probabilities)}
+    named = {label(labels, i): float(p) for i, p in enumerate(probabilities)}
     return {"labels": [label for label, p in named.items() if p > 0.5], "probabilities": named}
 
 
@@ -101,7 +109,7 @@ def _scores(outputs: Mapping[str, Array], _: Tokens, labels: Sequence[str]) -> R
     values = outputs["logits"]
     if len(values) == 1:
         return {"score": float(values[0])}
-    return {"scores": {_label(labels, i): float(value) for i, value in enumerate(values)}}
+    return {"scores": {label(labels, i): float(value) for i, value in enumerate(values)}}
 
 
 def _tags(outputs: Mapping[str, Array], sequence: Tokens, labels: Sequence[str]) -> Result:
@@ -114,7 +122,7 @@ def _tags(outputs: Mapping[str, Array], sequence: Tokens, labels: Sequence[str])
             special = bool(encoding.special_tokens_mask[position])
             tag |= {"token": encoding.tokens[position], "start": start, "end": end, "special": special}
         tags.append(
-            {**tag, "label": _label(labels, index), "index": index, "probability": float(probabilities[position, index])}
+            {**tag, "label": label(labels, index), "index": index, "probability": float(probabilities[position, index])}
         )
     return {"labels": tags}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.commands.output import print_json, stderr, stdout, table
+from tilewright.cpu import available_cores
 from tilewright.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def search(artifact: Path, isa: str | None, goal: Goal, as_json: bool) -> None:
     from tilewright.throughput import best, parse_bound
 
     bound = parse_bound(goal.latency_bound)
-    available = sorted(os.sched_getaffinity(0))
+    available = sorted(os.sched_getaffinity(0))[: available_cores()]
     if goal.cores is not None and goal.cores > len(available):
         raise InvalidInput(f"--cores {goal.cores} is more than the {len(available)} available; give at most {len(available)}")
-    trials, memory = _run(artifact, isa, goal, bound, available[: goal.cores])
+    trials, memory = run_trials(artifact, isa, goal, bound, available[: goal.cores])
     chosen = best(trials, bound)
     result = {
         "artifact": str(artifact),
@@ -55,7 +56,7 @@ def search(artifact: Path, isa: str | None, goal: Goal, as_json: bool) -> None:
         _print(result)
 
 
-def _run(
+def run_trials(
     artifact: Path, isa: str | None, goal: Goal, bound: float, cores: list[int]
 ) -> tuple[list[Trial], dict[str, Any] | None]:
     """All trials, and the memory of as many instances as there are cores."""

@@ -1,0 +1,1 @@
+"""An HTTP server for artifacts: `create_app` makes it, `tilewright serve` runs it. Needs the extra `tilewright[serve]`."""
