@@ -1,144 +1,45 @@
-"""The most that this core can multiply: loops of nothing but dot instructions, assembled for the purpose.
+"""The most that this core can multiply, by the loops of `tilewright.tuning.peak`.
 
-    python -m benchmarks.peak
-
-Operands and accumulators stay in registers, and there are more accumulators than the instructions' latency needs, so a
-loop is bound by the execution ports alone. Kernels are judged by the best loop of their ISA level. Those with sums of 16 bits
-are exact where columns are packed for it (`tilewright.codegen.budget`). All figures are of one core.
+python -m benchmarks.peak
 """
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
 import tempfile
-import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+import tvm
 
 from tilewright.cpu import cpu_features
-from tilewright.schedules.isa import ISAS
+from tilewright.tuning.peak import Loop, Meter
+from tilewright.tuning.probe import build_probe
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A step of one accumulator {a}, in AT&T syntax with {t} and {u} scratch registers; `reg` is xmm, ymm, zmm or tmm.
-
-    macs: multiplications of int8-sized values in a step. The operands lie in {x} and {y}.
-    """
-
-    name: str
-    isa: str
-    reg: str
-    macs: int
-    step: tuple[str, ...]
-
-    @property
-    def accumulators(self) -> int:
-        """Independent sums."""
-        return _TILES if self.reg == "tmm" else _VECTORS
-
-
-_PAIRS = ("vpmaddwd {y}, {x}, {t}", "vpaddd {t}, {a}, {a}")
-_SUM = ("vpmaddwd {y}, {t}, {t}", "vpaddd {t}, {a}, {a}")
-_BYTES = ("vpmaddubsw {y}, {x}, {t}", *_SUM)
-_TWO_BYTES = ("vpmaddubsw {y}, {x}, {t}", "vpmaddubsw {y}, {x}, {u}", "vpaddw {u}, {t}, {t}", *_SUM)
-
-LOOPS: tuple[Loop, ...] = (
-    Loop("pmaddwd", "portable", "xmm", 8, ("movdqa {x}, {t}", "pmaddwd {y}, {t}", "paddd {t}, {a}")),
-    Loop("vpmaddwd", "avx2", "ymm", 16, _PAIRS),
-    Loop("vpmaddubsw", "avx2", "ymm", 32, _BYTES),
-    Loop("2 vpmaddubsw", "avx2", "ymm", 64, _TWO_BYTES),
-    Loop("vpdpbusd ymm", "avxvnni", "ymm", 32, ("{{vex}} vpdpbusd {y}, {x}, {a}",)),
-    Loop("vpmaddwd zmm", "avx512", "zmm", 32, _PAIRS),
-    Loop("vpmaddubsw zmm", "avx512", "zmm", 64, _BYTES),
-    Loop("2 vpmaddubsw zmm", "avx512", "zmm", 128, _TWO_BYTES),
-    Loop("vpdpbusd zmm", "avx512vnni", "zmm", 64, ("vpdpbusd {y}, {x}, {a}",)),
-    Loop("tdpbusd", "amx", "tmm", 16 * 16 * 64, ("tdpbusd {y}, {x}, {a}",)),
-)
-
-_VECTORS, _SCRATCH = 10, 4  # with two operands, sixteen registers; 10 covers a latency of 5 at two a cycle
-_TILES = 6  # with two operands, eight registers
-_TILE_CONFIG = [".balign 64", ".Lconfig:", ".byte 1, 0", ".zero 14", ".fill 8, 2, 64", ".zero 16", ".fill 8, 1, 16", ".zero 8"]
-"""Palette 1; eight tiles of 16 rows of 64 bytes."""
-_AROUND = {"ymm": ("", "vzeroupper"), "zmm": ("", "vzeroupper"), "tmm": ("ldtilecfg .Lconfig(%rip)", "tilerelease")}
-"""What to do before and after a loop on registers of a kind."""
-_UNROLL = 4
-_CLOCK_STEPS = 32  # `imull %eax, %eax` takes three cycles on every x86 core since Nehalem and Zen
-_CLOCK_CYCLES = 3
+@cache
+def _meter() -> Meter:
+    with tempfile.TemporaryDirectory() as scratch:
+        return Meter(tvm.runtime.load_module(str(build_probe(Path(scratch)))), tvm.cpu(), cpu_features())
 
 
 def available() -> tuple[Loop, ...]:
     """The loops that this CPU can run."""
-    return tuple(loop for loop in LOOPS if cpu_features().issuperset(ISAS[loop.isa].features))
+    return _meter().available()
 
 
 def rate(loop: Loop, seconds: float = 0.004) -> float:
-    """GMAC/s of `loop`, the best of three measurements of about `seconds` in all."""
-    return _best(LOOPS.index(loop), loop.macs * loop.accumulators * _UNROLL, seconds)
+    """As `Meter.rate`."""
+    return _meter().rate(loop, seconds)
 
 
 def peak(isa: str, seconds: float = 0.004) -> float:
-    """GMAC/s of this core's best loop of level `isa`. Raises ValueError where there is none or the CPU lacks it."""
-    rates = [rate(loop, seconds) for loop in available() if loop.isa == isa]
-    if not rates:
-        raise ValueError(f"no peak loop for {isa} on this CPU; there is one for {', '.join(x.isa for x in available())}")
-    return max(rates)
+    """As `Meter.peak`."""
+    return _meter().peak(isa, seconds)
 
 
 def clock(seconds: float = 0.004) -> float:
-    """GHz of this core now, from a chain of multiplications of known latency."""
-    return _best(len(LOOPS), _CLOCK_STEPS * _CLOCK_CYCLES, seconds)
-
-
-def _best(number: int, per_iteration: int, seconds: float) -> float:
-    run = _library()[f"loop{number}"]
-    iterations = 1 << 10
-    run(ctypes.c_long(iterations))
-    while (took := _timed(run, iterations)) < seconds / 3:
-        iterations = max(2 * iterations, int(iterations * seconds / 3 / took))
-    return per_iteration * iterations / min(took, _timed(run, iterations), _timed(run, iterations)) / 1e9
-
-
-def _timed(run: Any, iterations: int) -> float:
-    start = time.perf_counter()
-    run(ctypes.c_long(iterations))
-    return time.perf_counter() - start
-
-
-def _body(loop: Loop) -> list[str]:
-    """The steps in pairs, multiplications first: on Zen 4 the adds then leave the multiplying ports alone more often."""
-    sums, reg = loop.accumulators, f"%{loop.reg}"
-    x, y = (f"{reg}{number}" for number in ((6, 7) if loop.reg == "tmm" else (14, 15)))
-
-    def scratch(step: int) -> str:
-        return f"{reg}{sums + step % _SCRATCH}"
-
-    return [
-        line.format(a=f"{reg}{step % sums}", t=scratch(step), u=scratch(step + _SCRATCH // 2), x=x, y=y)
-        for first in range(0, _UNROLL * sums, 2)
-        for line in loop.step
-        for step in (first, first + 1)
-    ]
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    """Functions loop0, loop1, ... (long iterations), one for each of LOOPS and last the clock's."""
-    lines = [".text"]
-    for number, body in enumerate([*map(_body, LOOPS), ["imull %eax, %eax"] * _CLOCK_STEPS]):
-        before, after = _AROUND.get(LOOPS[number].reg, ("", "")) if number < len(LOOPS) else ("", "")
-        lines += [f".globl loop{number}", f"loop{number}:", before, ".p2align 6", f".L{number}:", *body]
-        lines += ["dec %rdi", f"jnz .L{number}", after, "ret"]
-    lines += _TILE_CONFIG
-    lines.append('.section .note.GNU-stack,"",@progbits')
-    with tempfile.TemporaryDirectory() as scratch:
-        source, library = Path(scratch, "peak.s"), Path(scratch, "peak.so")
-        source.write_text("\n".join(lines) + "\n")
-        subprocess.run(["gcc", "-shared", "-o", library, source], check=True)
-        return ctypes.CDLL(str(library))
+    """As `Meter.clock`."""
+    return _meter().clock(seconds)
 
 
 def main() -> None:

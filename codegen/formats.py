@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 GROUP = 16
 """Tokens of one group: the unit to which the packed token axis is rounded up."""
@@ -47,6 +48,9 @@ ATTENTION_PAIRS = AttentionOperands("int16", "int16", "int16", 0, 2)
 ATTENTION_QUADS = AttentionOperands("int8", "uint8", "uint8", 128, 4)
 
 
+_SHORT = {"float32": "f32", "int32": "s32", "int16": "s16", "uint8": "u8", "int8": "s8"}
+
+
 @dataclass(frozen=True)
 class Format:
     """How the activation on one edge between kernels is stored; the consumer's plan decides it, the producer writes it.
@@ -70,9 +74,17 @@ class Format:
     @property
     def label(self) -> str:
         """One word that says it all, for keys of kernels."""
-        short = {"float32": "f32", "int32": "s32", "int16": "s16", "uint8": "u8", "int8": "s8"}[self.dtype]
         packed = str(self.pack) if self.pack > 1 else ""
-        return f"{short}.{self.layout}{packed}" + (f"x{self.together}" if self.together > 1 else "")
+        return f"{_SHORT[self.dtype]}.{self.layout}{packed}" + (f"x{self.together}" if self.together > 1 else "")
+
+    @staticmethod
+    def parse(label: str) -> Format:
+        """The format of a label; raises ValueError."""
+        found = re.fullmatch(rf"({'|'.join(_SHORT.values())})\.(rows|columns|packed)(\d+)?(?:x(\d+))?", label)
+        if found is None:
+            raise ValueError(f"{label!r} is no format")
+        dtype = next(name for name, short in _SHORT.items() if short == found[1])
+        return Format(cast(Layout, found[2]), dtype, int(found[3] or 1), int(found[4] or 1))
 
     def shape(self, groups: Any, channels: int) -> tuple[Any, ...]:
         """The declared shape of `channels` channels of `groups` token groups."""

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.coding import code_table
 from tilewright.codegen.epilogues import Activate, AddNorm, Epilogue, Norm, Qkv
-from tilewright.codegen.formats import GROUP, Format, Layout
+from tilewright.codegen.formats import GROUP, Format
 from tilewright.codegen.kernels.attention import attention
 from tilewright.codegen.kernels.embedding import embedding
 from tilewright.codegen.kernels.head import VECTOR, padded_width, pool, sequence_head, token_head
 from tilewright.codegen.kernels.linear import linear
+from tilewright.codegen.layer_kernels import attention_spec, consumer, linear_workload, norm
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear, Quantization
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.pad import is_padded
@@ -114,24 +115,19 @@ class _Lowering:
 
     def _consumer(self, layer: int) -> tuple[Format, Quantization] | None:
         """Format and quantisation that encoder layer `layer` wants its input in; None past the last layer."""
-        if layer >= len(self.model.layers):
-            return None
-        return self.plan.layers[layer].qkv.input, _input(self.model.layers[layer].attention.query)
+        reader = consumer(self.plan, layer)
+        return None if reader is None else (reader, _input(self.model.layers[layer].attention.query))
 
     def _norm(
-        self, name: str, weights: LayerNorm, consumer: tuple[Format, Quantization] | None
+        self, name: str, weights: LayerNorm, reader: tuple[Format, Quantization] | None
     ) -> tuple[Norm, list[str], list[Value]]:
         """The norm, its parameter names and its results: the stream (in rows for the head) and the u8 copy if consumed."""
-        stream: Layout = self.plan.residual if consumer else "rows"
-        meant, stored = self.config.hidden_size, self.model.stored_hidden
-        channels = meant if meant < stored else None
-        quant = np.zeros(2, np.float32) if consumer is None else _quant(consumer[1])
+        quant = np.zeros(2, np.float32) if reader is None else _quant(reader[1])
         names = self.program.add_parameters(name, {"gamma": weights.weight, "beta": weights.bias, "quant": quant})
-        consumed = consumer[0] if consumer else None
-        norm = Norm(weights.eps, self.plan.residual, stream, consumed, channels)
-        outputs = norm.outputs(self.program.groups, stored)
-        results = [Value(LAST if consumer is None else f"{name}.{output}", shape, dtype) for output, shape, dtype in outputs]
-        return norm, names, results
+        made = norm(self.model, weights, self.plan, reader and reader[0])
+        outputs = made.outputs(self.program.groups, self.model.stored_hidden)
+        results = [Value(LAST if reader is None else f"{name}.{output}", shape, dtype) for output, shape, dtype in outputs]
+        return made, names, results
 
     def _embedding(self, inputs: list[str]) -> tuple[str, str]:
         tables = self.model.embeddings
@@ -142,16 +138,16 @@ class _Lowering:
             arrays["token_type"] = tables.token_type
         roles: dict[str, Role] = {"word": "vocab_size", "position": "max_positions", "token_type": "token_types"}
         names = self.program.add_parameters("embeddings", arrays, {name: roles[name] for name in arrays if name in roles})
-        norm, norm_names, results = self._norm("embeddings.norm", tables.norm, self._consumer(0))
+        made, norm_names, results = self._norm("embeddings.norm", tables.norm, self._consumer(0))
         words, hidden = tables.word.shape
         types = 0 if tables.token_type is None else len(tables.token_type)
-        label = f"{'u8' if coded else 'f32'}@{norm.label}"
-        spec = KernelSpec("embedding", words, hidden, self.plan.isa, label, residual=norm.residual)
+        label = f"{'u8' if coded else 'f32'}@{made.label}"
+        spec = KernelSpec("embedding", words, hidden, self.plan.isa, label, residual=made.residual)
         self.program.call(
             "embedding",
             spec,
-            norm,
-            lambda: embedding(spec, norm, len(tables.position), types, coded is not None),
+            made,
+            lambda: embedding(spec, made, len(tables.position), types, coded is not None),
             [*inputs, *names, *norm_names],
             results,
         )
@@ -159,7 +155,7 @@ class _Lowering:
 
     def _layer(self, index: int, layer: Layer, plan: LayerPlan, stream: str, small: str) -> tuple[str, str]:
         program, config, name = self.program, self.config, f"layer{index}"
-        attn, head_dim = layer.attention, self.model.stored_head_dim
+        attn = layer.attention
         qs, ks, vs = (_known(scale) for scale in (attn.query_scale, attn.key_scale, attn.value_scale))
         linears, epilogue = (attn.query, attn.key, attn.value), Qkv(plan.attention.operands)
         qkv = self._linear(f"{name}.qkv", linears, plan.qkv, epilogue, small, divisors=(qs, ks, vs))
@@ -167,14 +163,14 @@ class _Lowering:
         context_quant = _input(attn.output)
         score = np.float32(qs * ks / config.head_dim**0.5)
         quant = np.array([score, vs / context_quant.scale, context_quant.zero_point], np.float32)
-        consumer = plan.output.input
-        context = Value(f"{name}.context", consumer.shape(program.groups, len(attn.value.bias)), consumer.dtype)
-        spec = KernelSpec("attention", config.num_heads, head_dim, self.plan.isa, consumer.label, plan.attention)
+        reader = plan.output.input
+        context = Value(f"{name}.context", reader.shape(program.groups, len(attn.value.bias)), reader.dtype)
+        spec = attention_spec(self.model, self.plan.isa, plan)
         program.call(
             "attention",
             spec,
             (),
-            lambda: attention(spec, consumer, config.max_positions),
+            lambda: attention(spec, reader, config.max_positions),
             [*qkv, "offsets", *program.add_parameters(f"{name}.attention", {"quant": quant})],
             [context],
         )
@@ -199,12 +195,12 @@ class _Lowering:
         weights: Linear,
         plan: LinearPlan,
         norm_weights: LayerNorm,
-        consumer: tuple[Format, Quantization] | None,
+        reader: tuple[Format, Quantization] | None,
         stream: str,
         small: str,
     ) -> tuple[str, str]:
-        norm, names, results = self._norm(f"{name}.norm", norm_weights, consumer)
-        self._linear(name, (weights,), plan, AddNorm(norm), small, [stream, *names], results=results)
+        made, names, results = self._norm(f"{name}.norm", norm_weights, reader)
+        self._linear(name, (weights,), plan, AddNorm(made), small, [stream, *names], results=results)
         return results[0].name, results[-1].name
 
     def _linear(
@@ -254,7 +250,7 @@ class _Lowering:
             [x, *self.program.add_parameters(name, arrays, packed.roles), *extra],
             results,
         )
-        workload = Workload("linear", n, k, self.plan.isa, epilogue.label, plan.found, plan.density)
+        workload = linear_workload(spec, plan)
         self.reports.append(KernelReport(name, (n, k), packed.stored / weight.size, plan.reason, workload, spec))
         return [result.name for result in results]
 

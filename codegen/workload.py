@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
 
 from tilewright.codegen.decisions import AttentionDecisions, Block, LinearDecisions
 from tilewright.codegen.formats import GROUP, Layout
@@ -36,12 +37,30 @@ class Workload:
     tokens: int = 0
     threads: int = 0
 
+    def at(self, tokens: int, threads: int) -> Workload:
+        """The task for a bucket of tokens on so many threads."""
+        return replace(self, tokens=tokens, threads=threads)
+
     def key(self) -> str:
         """The key of tuning records: one line, stable across processes and TVM versions."""
         return (
             f"v{SCHEMA}:{self.op}:{self.n}x{self.k}:{_block(self.block)}:d{self.density}:{self.epilogue or '-'}:"
             f"t{self.tokens}:c{self.threads}:{self.isa}"
         )
+
+    @staticmethod
+    def parse(key: str) -> Workload:
+        """The workload of a key; raises ValueError, also for one of another version."""
+        found = re.fullmatch(_KEY, key)
+        if found is None:
+            raise ValueError(f"{key!r} is no key of a workload, version {SCHEMA}")
+        op, n, k, outputs, inputs, density, epilogue, tokens, threads, isa = found.groups()
+        block = None if outputs is None else (int(outputs), int(inputs))
+        label = "" if epilogue == "-" else epilogue
+        return Workload(op, int(n), int(k), isa, label, block, int(density), int(tokens), int(threads))
+
+
+_KEY = rf"v{SCHEMA}:(\w+):(\d+)x(\d+):(?:dense|(\d+)x(\d+)):d(\d+):([^:]+):t(\d+):c(\d+):(\w+)"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _linear(parts: tuple[Linear, ...], kind: Kind, isa: Isa, rates: LevelRates |
         chosen = Choice(dense(isa), "computed as dense: q, k and v have different blocks")
     else:
         chosen = choose(n, k, kind, block, density, isa, rates)
-        if not all(_admits(chosen.storage, isa, part.weight) for part in parts):
+        if not all(admits(chosen.storage, isa, part.weight) for part in parts):
             chosen = Choice(dense(isa), f"computed as dense: values are out of the range of {isa.name}'s products")
     bucket = density_bucket(density) if chosen.storage.block else 100
     chosen, depth = _with_depth(chosen, np.concatenate([part.weight for part in parts]), isa, gathers)
@@ -108,7 +108,7 @@ def _linear(parts: tuple[Linear, ...], kind: Kind, isa: Isa, rates: LevelRates |
 
 def _with_depth(chosen: Choice, weight: NDArray[np.generic], isa: Isa, gathers: bool) -> tuple[Choice, int]:
     """The choice for weight s8[N, K] with the depth of its sums in 16 bits, dense matrices as columns where that is faster."""
-    as_columns = gathers and sums_in_16_bits(COLUMNS, isa) and len(weight) % 4 == 0 and _admits(COLUMNS, isa, weight)
+    as_columns = gathers and sums_in_16_bits(COLUMNS, isa) and len(weight) % 4 == 0 and admits(COLUMNS, isa, weight)
     if chosen.storage == DENSE and as_columns:
         found = choose_depth(weight, 4)
         if found.cost < ROW_COST:
@@ -125,7 +125,7 @@ def _density(linear: Linear, block: Block | None) -> float:
     return 1.0 if density is None else density
 
 
-def _admits(storage: Storage, isa: Isa, weight: NDArray[np.generic]) -> bool:
+def admits(storage: Storage, isa: Isa, weight: NDArray[np.generic]) -> bool:
     """Whether the weights lie in the range for which the level's product is exact (tiles take any byte)."""
     dot = product(storage, isa)
     if dot is None or not weight.size:

@@ -72,7 +72,7 @@ def test_manifest_round_trips_and_hashes_every_other_file(toy_artifact: Path) ->
     ("change", "message"),
     [
         (lambda m: m.update(schema_version=99), "schema version 99"),
-        (lambda m: m.update(schema_version=1), "schema version 1, expected 3; compile the model again"),
+        (lambda m: m.update(schema_version=1), "schema version 1, expected 4; compile the model again"),
         (lambda m: m.pop("limits"), "'limits' is missing"),
         (lambda m: m.update(colour="red"), "unknown field 'colour'"),
         (

@@ -34,7 +34,7 @@ def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    records = {f"tilewright/tuning_logs/{file.name}" for file in (ROOT / "tuning_logs").glob("*.json")}
+    records = {f"tilewright/tuning_logs/{file.name}" for file in (ROOT / "tuning_logs").glob("*.json*")}
     recipes = {f"tilewright/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "pipeline").rglob("*.yaml")}
     assert held == {*modules(), "tilewright/py.typed", "tilewright/schedules/rates.json", *records, *recipes}
 

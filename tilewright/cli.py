@@ -21,6 +21,7 @@ from tilewright.commands import (
     export,
     hardware,
     inspect,
+    logs,
     pack,
     provenance,
     quantize,
@@ -108,6 +109,11 @@ _recipes = typer.Typer(help="Recipes that come along.", no_args_is_help=True)
 _recipes.command("list")(compress.list_recipes)
 _recipes.command("show")(compress.show_recipe)
 app.add_typer(_recipes, name="recipes")
+
+_logs = typer.Typer(help="Tuning logs.", no_args_is_help=True)
+for _verb in (logs.show, logs.merge, logs.diff, logs.prune):
+    _logs.command()(_verb)
+app.add_typer(_logs, name="logs")
 
 _data = typer.Typer(help="Public data sets.", no_args_is_help=True)
 _data.command("squad")(data.squad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,15 +19,17 @@ from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Head
 from tilewright.codegen.pad import pad
 from tilewright.codegen.passes import dump
-from tilewright.codegen.workload import describe
+from tilewright.codegen.workload import Workload, describe
 from tilewright.cpu import cpu_features
 from tilewright.errors import InvalidInput, InvalidModel
 from tilewright.frontend.config import read_json
-from tilewright.manifest import MAX_TOKENS, LayerRecord, LevelRecord, Limits, Manifest, Output, library_name
+from tilewright.manifest import MAX_TOKENS, LayerRecord, LevelRecord, Limits, Manifest, Output, TuningRecord, library_name
 from tilewright.schedules.apply import apply
 from tilewright.schedules.choice import Sparse, plan
 from tilewright.schedules.isa import Isa, known_cpu, resolve_all
 from tilewright.scratch import scratch
+from tilewright.tuning.records import Log, Record, find_log
+from tilewright.tuning.replay import Replay, replay
 from tilewright.weights import WeightPool
 
 _CHECKPOINT = {".onnx", ".safetensors", ".json"}
@@ -37,10 +39,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled model on disk: its directory and what is in it."""
+    """A compiled model on disk: its directory, what is in it, and what tuning records did, by level."""
 
     path: Path
     manifest: Manifest
+    replays: Mapping[str, Replay]
 
 
 def compile(
@@ -53,6 +56,9 @@ def compile(
     overwrite: bool = True,
     self_check: bool = True,
     debug_dump: str | Path | None = None,
+    tuning_records: str | Path | None = None,
+    tuned_for: str | None = None,
+    tuned_threads: int = 1,
     progress: Progress = lambda stage: None,
 ) -> Artifact:
     """Compile a quantised checkpoint (or an EncoderModel) into the artifact directory `output`.
@@ -65,6 +71,9 @@ def compile(
     sparse: whether zero blocks are skipped: `auto` where the CPU's rates say that it pays, `always` wherever there is a kernel
     for it, or `never`.
     debug_dump: a directory to write the module to after each pass, in a folder for each level.
+    tuning_records: a tuning log, or a directory of them. Default: the log that comes along for the target's CPU. Kernels
+    without a record that fits exactly, and all of them unless `sparse` is `auto`, are decided by rates and defaults.
+    tuned_for: the CPU whose records to take where `target` names no CPU, but levels. tuned_threads: take records of so many.
     progress: called with each name of STAGES as the stage begins; lower, schedule and build come once for each level.
     Raises a TilewrightError with a one-line message; nothing is left at `output` then.
     """
@@ -72,20 +81,22 @@ def compile(
     if not 1 <= max_tokens <= MAX_TOKENS:
         raise InvalidInput(f"max_tokens is {max_tokens}; expected 1 to {MAX_TOKENS}")
     check_output(output, overwrite=overwrite)
+    log = _log(tuning_records, known_cpu(target) if tuned_for is None else _named(tuned_for), sparse)
     progress("load")
     model = pad(model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check))
-    pool, levels, libraries = WeightPool(), [], {}
+    pool, levels, libraries, replays = WeightPool(), [], {}, {}
     with _working_directory() as place:
         for isa in isas:
             progress("lower")
-            lowered = lower(model, plan(model, isa, cpu, sparse), max_tokens)
+            replayed = replays[isa.name] = replay(model, plan(model, isa, cpu, sparse), log, tuned_threads)
+            lowered = lower(model, replayed.plan, max_tokens)
             libraries[isa.name] = place / library_name(isa.name)
             with dump(None if debug_dump is None else Path(debug_dump) / isa.name):
                 progress("schedule")
                 module = apply(lowered.module, lowered.specs)
                 progress("build")
                 build(module, isa.target(), libraries[isa.name])
-            levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters)))
+            levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters), replayed))
         progress("write")
         provenance = _provenance(model_path, model, {"target": target, "max_tokens": max_tokens, "sparse": sparse})
         written = write_artifact(
@@ -96,7 +107,23 @@ def compile(
             tokenizer=model.tokenizer,
             overwrite=overwrite,
         )
-    return Artifact(Path(output), written)
+    return Artifact(Path(output), written, replays)
+
+
+def _named(cpu: str) -> str:
+    """The LLVM CPU that `--tuned-for` means."""
+    if (known := known_cpu(cpu)) is None:
+        raise InvalidInput(f"--tuned-for {cpu} names no CPU; give native, an LLVM CPU, an instance type or a processor's name")
+    return known
+
+
+def _log(path: str | Path | None, cpu: str | None, sparse: Sparse) -> Log:
+    """The tuning log to compile by."""
+    if sparse == "auto":
+        return find_log(None if path is None else Path(path), cpu)
+    if path is not None:
+        raise InvalidInput(f"tuning records were given with sparse={sparse}, which they would overrule; leave one out")
+    return Log()
 
 
 @contextmanager
@@ -108,7 +135,7 @@ def _working_directory() -> Iterator[Path]:
         raise InvalidInput(f"cannot work in the temporary directory ({error}); free space there or set TMPDIR") from error
 
 
-def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str]) -> LevelRecord:
+def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str], replayed: Replay) -> LevelRecord:
     layers = tuple(
         LayerRecord(
             name=kernel.name,
@@ -125,7 +152,13 @@ def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str]) -> LevelRecor
         name: describe_parameter(tensor, lowered.parameters[name], lowered.roles.get(name, "values"))
         for name, tensor in parameters.items()
     }
-    return LevelRecord(isa.name, isa.features, library_name(isa.name), described, layers)
+    tuning = {name: tuple(map(_tuning, records)) for name, records in replayed.applied.items()}
+    return LevelRecord(isa.name, isa.features, library_name(isa.name), described, layers, tuning)
+
+
+def _tuning(record: Record) -> TuningRecord:
+    gain = record.gain
+    return TuningRecord(record.key, Workload.parse(record.key).tokens, gain.median, gain.low, gain.high, record.peak[0])
 
 
 def _manifest(model: EncoderModel, levels: tuple[LevelRecord, ...], lowered: Lowered, provenance: dict[str, Any]) -> Manifest:

@@ -44,9 +44,14 @@ def cpu_features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
 def _listed(cpuinfo: Path) -> frozenset[str]:
     try:
-        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        return listed_features(cpuinfo.read_text())
     except OSError:
         return frozenset()
+
+
+def listed_features(cpuinfo: str) -> frozenset[str]:
+    """Features under LLVM's names of a CPU that Linux describes as `cpuinfo`, whether a process may use them or not."""
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     return frozenset(_llvm_name(flag) for flag in flags[1].split()) if flags else frozenset()
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from tilewright.errors import InvalidArtifact
 from tilewright.files import parse_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 GROUP = 16  # tokens per group of the compiled module's token axis
 
 MANIFEST = "manifest.json"
@@ -72,7 +72,7 @@ HEAD_OUTPUTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """How one Linear [N, K] = [out, in] was compiled, and the tuning record its schedule came from, if any.
+    """How one Linear [N, K] = [out, in] was compiled.
 
     block: as stored. density: share of weights in stored blocks. kernel: the workload's key. note: why a sparse block
     that was found is stored otherwise.
@@ -84,8 +84,23 @@ class LayerRecord:
     density: float
     kernel: str
     schedule: str
-    record: str | None = None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class TuningRecord:
+    """A tuning record that a kernel was compiled by, for one bucket of tokens.
+
+    key: its workload's. gain: times faster than the default when both were measured in turns; low, high: the interval that
+    holds it with 95 % confidence. peak: share of the core's peak that the kernel reached, on non-zeros.
+    """
+
+    key: str
+    tokens: int
+    gain: float
+    low: float
+    high: float
+    peak: float
 
 
 Role = Literal["values", "addresses", "vocab_size", "max_positions", "token_types"]
@@ -114,7 +129,8 @@ class LevelRecord:
     """The module of one ISA level.
 
     features: what the CPU must have, by LLVM's names (avx2, fma, avx512vnni, amx-int8). library: its file. parameters: the
-    module's parameters in order. layers: how Linears were compiled.
+    module's parameters in order. layers: how Linears were compiled. tuning: by which records, by name of the kernel; those that
+    are not in it have default decisions.
     """
 
     name: str
@@ -122,6 +138,7 @@ class LevelRecord:
     library: str
     parameters: dict[str, Parameter]
     layers: tuple[LayerRecord, ...] = ()
+    tuning: dict[str, tuple[TuningRecord, ...]] = field(default_factory=dict)
 
     def missing(self, available: Collection[str]) -> tuple[str, ...]:
         """The features it needs that `available` lacks."""

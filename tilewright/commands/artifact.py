@@ -41,7 +41,8 @@ def _report(path: Path) -> dict[str, Any]:
                 "weights": nbytes(tensors),
                 "shared": nbytes(tensors, 2),
             },
-            "kernels": [_kernel_json(layer) for layer in level.layers],
+            "kernels": [_kernel_json(layer, level) for layer in level.layers],
+            "tuning": {name: [dataclasses.asdict(record) for record in records] for name, records in level.tuning.items()},
         }
 
     steps = manifest.provenance.get("steps") or [{}]
@@ -65,7 +66,7 @@ def _tensors(level: LevelRecord) -> set[str]:
     return {parameter.tensor for parameter in level.parameters.values()}
 
 
-def _kernel_json(layer: LayerRecord) -> dict[str, Any]:
+def _kernel_json(layer: LayerRecord, level: LevelRecord) -> dict[str, Any]:
     return {
         "name": layer.name,
         "shape": list(layer.shape),
@@ -73,7 +74,7 @@ def _kernel_json(layer: LayerRecord) -> dict[str, Any]:
         "density": layer.density,
         "kernel": layer.kernel,
         "schedule": layer.schedule,
-        "record": layer.record,
+        "records": [dataclasses.asdict(record) for record in level.tuning.get(layer.name, ())],
         "note": layer.note,
     }
 
@@ -85,17 +86,23 @@ def print_kernels(result: dict[str, Any]) -> None:
         alike: dict[tuple[str, ...], list[str]] = {}
         for kernel in level["kernels"]:
             index, _, name = kernel["name"].removeprefix("layer").partition(".")
-            cells = name, block_name(kernel["block"]), "x".join(map(str, kernel["shape"])), f"{kernel['density']:.1%}"
+            shape = "x".join(map(str, kernel["shape"]))
+            cells = name, block_name(kernel["block"]), shape, f"{kernel['density']:.1%}", _tuned(kernel["records"])
             alike.setdefault(cells, []).append(index)
         for same, indices in alike.items():
             rows.setdefault((*same, ", ".join(indices)), []).append(level["name"])
-    grid = table("kernel", "stored as", "shape", "stored", "layers", "levels", left=2)
+    grid = table("kernel", "stored as", "shape", "stored", "tuned", "layers", "levels", left=2)
     for row, levels in rows.items():
         grid.add_row(*row, ", ".join(levels))
     stdout().print(grid)
     reasons = (kernel["note"] for level in result["levels"] for kernel in level["kernels"] if kernel["note"])
     for text in dict.fromkeys((*reasons, *result["notes"])):
         print_note(text)
+
+
+def _tuned(records: list[dict[str, Any]]) -> str:
+    """Gain over the default and share of the peak, for each bucket of tokens that has a record."""
+    return ", ".join(f"{one['gain']:.2f}x at {one['tokens']} ({one['peak']:.0%} of peak)" for one in records) or "default"
 
 
 def print_levels(result: dict[str, Any]) -> None:

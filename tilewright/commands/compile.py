@@ -31,6 +31,14 @@ def compile(
     debug_dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the module after each pass to DIR, for each level.")
     ] = None,
+    tuning_records: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Tuning log, or directory of them.", show_default="that of the target's CPU"),
+    ] = None,
+    tuned_for: Annotated[
+        str | None, typer.Option(metavar="CPU", help="CPU whose records to take where the target is a level or server.")
+    ] = None,
+    tuned_threads: Annotated[int, typer.Option(min=1, help="Take the records of kernels on so many threads.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Compile a quantised model for a CPU."""
@@ -48,15 +56,25 @@ def compile(
             sparse=sparse,
             self_check=self_check,
             debug_dump=debug_dump,
+            tuning_records=tuning_records,
+            tuned_for=tuned_for,
+            tuned_threads=tuned_threads,
             progress=progress,
         )
-    result = report(artifact.path) | {"seconds": seconds}
+    replays = artifact.replays.items()
+    counts = {
+        level: {"tuned": len(one.applied), "default": one.kernels - len(one.applied), "stale": dict(one.stale)}
+        for level, one in replays
+    }
+    result = report(artifact.path) | {"seconds": seconds, "tuning": counts}
     if as_json:
         print_json(result)
         return
     print_kernels(result)
     if len(artifact.manifest.levels) > 1:
         print_levels(result)
+    for name, one in replays:
+        stdout().print(f"{name}: {one.summary}", markup=False, soft_wrap=True)
     levels = ", ".join(level.name for level in artifact.manifest.levels)
     times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     stdout().print(f"{artifact.path}: {levels}, {size(result)} ({times})", markup=False, soft_wrap=True)
