@@ -7,8 +7,8 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +84,23 @@ def _replacing(target: Path) -> Iterator[Path]:
             new = place / "new"
             new.mkdir()  # with the user's umask, which the scratch directory does not follow
             yield new
-            _put(new, target)
+            put(new, target)
     except OSError as error:
         raise InvalidInput(f"cannot write {target}: {error.strerror or error}; choose another output") from error
 
 
-def _put(new: Path, target: Path) -> None:
+Rename = Callable[[Path, Path, int], int]
+"""Renames a directory with flags of renameat2; returns 0 or an errno."""
+
+
+def put(new: Path, target: Path, rename: Rename | None = None) -> None:
     """Move the directory `new` to `target` in one step, with what was there, if anything, left in its place.
 
-    At no moment is there nothing at `target`: whoever opens it finds the old artifact or the new one.
+    At no moment is there nothing at `target`: whoever opens it finds the old artifact or the new one. Only where the file
+    system cannot exchange two directories (NFS, for one) is there nothing for a moment. rename: in the place of renameat2.
     """
     for flags in (_NOREPLACE, _EXCHANGE) * _ATTEMPTS:
-        failure = _rename(new, target, flags)
+        failure = (rename or _rename)(new, target, flags)
         if failure == 0:
             return
         # another writer was faster, or its artifact was removed meanwhile
@@ -103,9 +108,24 @@ def _put(new: Path, target: Path) -> None:
             break
     if failure not in (errno.EINVAL, errno.ENOSYS):  # what file systems say that cannot exchange
         raise OSError(failure, os.strerror(failure))
-    if target.exists():
-        target.rename(new.with_name("old"))
-    new.rename(target)
+    _put_in_two_steps(new, target)
+
+
+def _put_in_two_steps(new: Path, target: Path) -> None:
+    """As `put`; what was at `target` is put back where the second step fails."""
+    for attempt in range(_ATTEMPTS):
+        old = new.with_name(f"old{attempt}")
+        try:
+            with suppress(FileNotFoundError):
+                target.rename(old)
+            new.rename(target)
+            return
+        except BaseException as error:
+            with suppress(OSError):  # nothing was there, or another writer put its own there meanwhile
+                old.rename(target)
+            if not isinstance(error, OSError) or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
 def _rename(source: Path, target: Path, flags: int) -> int:
