@@ -8,8 +8,8 @@ from pathlib import Path
 from tilewright.errors import InvalidInput
 from tilewright.frontend import load
 from tilewright.pipeline.checkpoint import write_checkpoint
+from tilewright.pipeline.disk import scratch_directory
 from tilewright.pipeline.provenance import append_step
-from tilewright.pipeline.quantize import scratch_directory
 
 
 def pack(model: str | PathLike[str], output: str | PathLike[str]) -> Path:

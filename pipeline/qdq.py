@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear, Quantization
 from tilewright.errors import InvalidInput
 from tilewright.frontend import load
-from tilewright.pipeline.quantize import scratch_directory
+from tilewright.pipeline.disk import scratch_directory
 
 OPSET = 20
 """The first with Gelu as one operator."""

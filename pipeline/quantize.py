@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -20,6 +17,7 @@ from tilewright.errors import InvalidInput
 from tilewright.frontend import load
 from tilewright.pipeline.calibration import Method, Progress, Range, Text, asymmetric, calibrate, symmetric
 from tilewright.pipeline.checkpoint import write_checkpoint
+from tilewright.pipeline.disk import scratch_directory
 from tilewright.pipeline.provenance import append_step
 from tilewright.pipeline.torch_checkpoint import is_torch_directory, load_torch_directory
 
@@ -138,24 +136,6 @@ def _check_options(texts: Sequence[Text], method: str, percentile: float, max_le
         raise InvalidInput(f"max_length is {max_length}; it is a number of tokens, at least 1")
     if weight_bits not in WEIGHT_BITS:
         raise InvalidInput(f"weight_bits is {weight_bits}; choose one of {', '.join(map(str, WEIGHT_BITS))}")
-
-
-@contextmanager
-def scratch_directory(target: Path) -> Iterator[Path]:
-    """Directory beside `target` that is renamed to it on success and removed on any failure."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        path.chmod(0o755)  # mkdtemp's directories are private
-    except OSError as error:
-        raise InvalidInput(f"output {target} cannot be written: {error.strerror}; choose another place") from None
-    try:
-        yield path
-        path.rename(target)
-    except OSError as error:
-        raise InvalidInput(f"output {target} cannot be written: {error.strerror}; choose another place") from None
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def fingerprint(model: EncoderModel) -> str:

@@ -26,6 +26,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tilewright.errors import InvalidInput, TilewrightError
+from tilewright.pipeline.disk import disk_errors
 from tilewright.pipeline.distillation import DistillationSettings, Distiller
 from tilewright.pipeline.models import accepted, quiet
 from tilewright.pipeline.modules import encoder_modules
@@ -126,7 +127,8 @@ def train(job: Job, directory: Path, report: Report = lambda progress: None, sto
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(directory))
+            with disk_errors():
+                trainer.train(resume_from_checkpoint=last_checkpoint(directory))
         except OSError as error:
             raise TrainingStopped(
                 f"step {trainer.state.global_step}: {directory} cannot be written ({error.strerror or error}); free some "

@@ -14,7 +14,6 @@ import pytest
 
 from tests import tiny
 from tilewright.codegen.artifact import put
-from tilewright.frontend import load
 from tilewright.pipeline import quantize
 
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
@@ -70,6 +69,15 @@ tempfile.tempdir = str(disk)
 attempt(8192, lambda: tilewright.compile(sys.argv[2], "avx2", sys.argv[3]))
 """
 
+QUANTIZE = """
+from tilewright.pipeline import quantize
+from tilewright.pipeline.pack import pack
+
+for room in (0, 4096, 32768):
+    attempt(room, lambda: quantize(sys.argv[2], ["w1 w2"], disk / "int8"))
+attempt(4096, lambda: pack(sys.argv[3], disk / "packed"))
+"""
+
 
 @cache
 def mounts() -> bool:
@@ -88,6 +96,14 @@ def on_a_small_disk(code: str, place: Path, *arguments: object) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model in float32, and quantised."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    source = tiny.save(tiny.build("BertModel"), root / "float")
+    return source, quantize(source, tiny.texts(20), root / "int8")
+
+
 def test_a_full_disk_keeps_the_artifact_that_was_there(tmp_path: Path, toy_library: Path) -> None:
     *full, enough = on_a_small_disk(WRITE, tmp_path / "disk", toy_library)
     assert len(full) == 4
@@ -95,9 +111,15 @@ def test_a_full_disk_keeps_the_artifact_that_was_there(tmp_path: Path, toy_libra
     assert enough.endswith("written")
 
 
-def test_a_full_temporary_directory_is_one_line(tmp_path: Path) -> None:
+def test_a_checkpoint_is_written_whole_or_not_at_all(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    lines = on_a_small_disk(QUANTIZE, tmp_path / "disk", *checkpoints)
+    assert len(lines) == 4
+    assert all("cannot be written" in line and "No space left on device" in line for line in lines), lines
+
+
+def test_a_full_temporary_directory_is_one_line(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     """Where LLVM writes its objects, and ends its process if it cannot."""
-    checkpoint = quantize(load(tiny.save(tiny.build("BertModel"), tmp_path / "float")), tiny.texts(20), tmp_path / "int8")
+    _, checkpoint = checkpoints
     (line,) = on_a_small_disk(COMPILE, tmp_path / "disk", checkpoint, tmp_path / "x.tw")
     assert "No space left on device" in line
     assert not (tmp_path / "x.tw").exists()

@@ -16,6 +16,7 @@ from tilewright.compiler import compile
 from tilewright.errors import InvalidInput, InvalidModel, TilewrightError
 from tilewright.frontend import load
 from tilewright.frontend.sentence_transformers import write_embedding
+from tilewright.pipeline.disk import disk_errors
 from tilewright.pipeline.evaluation import Evaluation, answering, evaluate, remembering
 from tilewright.pipeline.models import accepted, load_module, quiet
 from tilewright.pipeline.modules import encoder_modules
@@ -288,7 +289,7 @@ def _finish(
     """Save `model` with what lies beside it, measure it and write down how it came to be."""
     output = directory / MODEL
     shutil.rmtree(output, ignore_errors=True)
-    with quiet():
+    with quiet(), disk_errors():
         cast(Any, model).save_pretrained(output)
     for file in _COPIED:
         if (state.model / file).is_file():
