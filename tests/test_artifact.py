@@ -234,7 +234,7 @@ def test_interrupted_write_leaves_what_was_there(
         raise error
 
     if step == "replace":
-        monkeypatch.setattr(artifact, "_put", fail)
+        monkeypatch.setattr(artifact, "put", fail)
     else:
         monkeypatch.setattr(artifact, step, fail)
     with pytest.raises((KeyboardInterrupt, InvalidInput)):
