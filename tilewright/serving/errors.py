@@ -16,11 +16,14 @@ _OPENAI_STATUS = {INVALID: 400, UNSUITABLE: 400}
 _OPENAI_CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "overloaded", 504: "timeout"}
 
 
+_LONGEST = 300  # characters of a message
+
+
 class RequestError(Exception):
     """Ends a request with `status` and one clear message."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")  # it may quote what was sent
         self.status, self.headers = status, headers
 
 
