@@ -37,6 +37,7 @@ smoke: wheel
 	$(call MAKE_VENV,build/venv)
 	build/venv/bin/python -m pip install --quiet $(PIP_ARGS) build/wheel/*.whl
 	cd build && env PATH="$$PWD/venv/bin" venv/bin/python -I ../tests/wheel_smoke.py toy.tw
+	$(BIN)/python -m tests.image_smoke examples/Dockerfile build/venv build/wheel/*.whl
 
 # Environments of the engines that benchmarks compare with, one each; `make -k` goes on where one cannot be made.
 # DeepSparse has no wheels for Python later than 3.11 and a licence for evaluation only: no other target needs it.
