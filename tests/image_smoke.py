@@ -1,7 +1,7 @@
 """Follows examples/Dockerfile without Docker: `python -m tests.image_smoke DOCKERFILE VENV WHEEL`.
 
-COPY and RUN happen in a temporary directory with the programs of VENV, which stands for the base image; then the server starts as a
-container would start it, must become healthy, answer, and end well on SIGTERM.
+COPY and RUN happen in a temporary directory with the programs of VENV, which stands for the base image; then the server starts
+as a container would start it, must become healthy, answer, and end well on SIGTERM.
 """
 
 from __future__ import annotations

@@ -72,13 +72,20 @@ class Instance:
     def __init__(self, launch: Launch) -> None:
         """Start to load; the first reply is None when it has, or raises what loading raises."""
         self._connection, theirs = Pipe()
+        self.lifeline, held = os.pipe()
+        """A descriptor that becomes readable when the process has ended; event loops may make what they watch non-blocking."""
         code = f"from tilewright.instances import serve; serve({theirs.fileno()})"
         # a process group of its own: Ctrl-C is for this process, which then ends the instances
         command = [sys.executable, "-P", "-c", code]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno(), held], process_group=0)
         theirs.close()
-        self.send(launch.cores)
-        self.send(launch)
+        os.close(held)
+        try:
+            self.send(launch.cores)
+            self.send(launch)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -107,10 +114,6 @@ class Instance:
             raise reply
         return reply
 
-    def fileno(self) -> int:
-        """The socket, which is readable when there is a reply, or when the process has ended."""
-        return self._connection.fileno()
-
     def kill(self) -> None:
         """End the process at once, from any thread; a call under way raises InstanceDied."""
         self._process.kill()
@@ -120,6 +123,7 @@ class Instance:
         self._process.kill()
         self._process.wait()
         self._connection.close()
+        os.close(self.lifeline)
 
     def _death(self) -> InstanceDied:
         status = self._process.wait()

@@ -80,22 +80,23 @@ class Pool:
                 if not batch:
                     await self._on_thread(instance.reply)  # says how it died
                 await self._run(instance, batch)
-            except TilewrightError as error:
-                logger.warning("an instance of %s, process %d, %s", self._service.name, instance.pid, error)
+            except Exception as error:
+                bug = not isinstance(error, TilewrightError)
+                logger.warning("an instance of %s, process %d, %s", self._service.name, instance.pid, error, exc_info=bug)
                 self._retry(batch)
                 instance = await self._replace(instance)
 
     async def _next_batch(self, instance: Instance) -> list[Work]:
-        """What to run next; nothing if the instance dies meanwhile, for then its socket becomes readable."""
+        """What to run next; nothing if the instance dies meanwhile."""
         loop = asyncio.get_running_loop()
         died = loop.create_future()
         take = asyncio.ensure_future(self._queue.take(self._service.batch_tokens))
-        loop.add_reader(instance.fileno(), lambda: died.cancel())
+        loop.add_reader(instance.lifeline, lambda: died.cancel())
         try:
             await asyncio.wait({died, take}, return_when=asyncio.FIRST_COMPLETED)
             return take.result() if take.done() else []
         finally:
-            loop.remove_reader(instance.fileno())
+            loop.remove_reader(instance.lifeline)
             take.cancel()
 
     async def _run(self, instance: Instance, batch: list[Work]) -> None:
