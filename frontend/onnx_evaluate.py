@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.errors import InvalidModel
-from tilewright.frontend.onnx_graph import Graph, dequantize
+from tilewright.frontend.onnx_graph import DEFAULT_DOMAIN, Graph, dequantize
 
 if TYPE_CHECKING:
     import onnx
@@ -18,7 +18,11 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class FloatGraph:
-    """The graph in float32: Q/DQ pairs on activations left out, quantised constants dequantised, halves widened."""
+    """The graph in float32: Q/DQ pairs on activations left out, quantised constants dequantised, halves widened.
+
+    Weights stay in bytes until an engine's DequantizeLinear needs them: all of them in float32, and the engine's copy, would
+    take several times the memory of the model.
+    """
 
     def __init__(self, graph: Graph) -> None:
         """Build it from `graph`, which stays as it is."""
@@ -63,6 +67,8 @@ class FloatGraph:
         from onnx import TensorProto, helper
 
         if node.op_type == "DequantizeLinear":
+            if self._runs(node):
+                return node
             constant = self._graph.quantized(node.output[0])
             if constant is not None:
                 self._quantized.add(node.output[0])
@@ -77,6 +83,13 @@ class FloatGraph:
         ):
             return helper.make_node("Constant", [], node.output, value=self._real_tensor(node.attribute[0].t))
         return node
+
+    def _runs(self, node: onnx.NodeProto) -> bool:
+        """Whether engines dequantise this constant themselves; they take scales of channels since opset 13."""
+        values, scale = (self._graph.constants.get(name) for name in node.input[:2])
+        opset = max((opset.version for opset in self._graph.model.opset_import if opset.domain in DEFAULT_DOMAIN), default=0)
+        stored = node.input[0] in self._graph.initializers and values is not None and values.dtype in (np.int8, np.uint8)
+        return stored and scale is not None and (scale.size == 1 or opset >= 13)
 
     def _dequantized(self, name: str) -> onnx.TensorProto:
         from onnx import numpy_helper

@@ -40,7 +40,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Attributes that operators have when they are not written; of those that patterns look at."""
 
-_DEFAULT_DOMAIN = ("", "ai.onnx")
+DEFAULT_DOMAIN = ("", "ai.onnx")
 _FLOATS = (1, 10, 11, 16)  # TensorProto's FLOAT, FLOAT16, DOUBLE, BFLOAT16
 
 
@@ -300,7 +300,7 @@ def check_support(model: onnx.ModelProto, where: str) -> None:
     """Raise UnsupportedModel for an opset or operators that are not read, InvalidModel for a file without a graph."""
     if not model.graph.node or not model.graph.output:
         raise InvalidModel(f"{where} holds no ONNX graph; export or copy it again")
-    foreign = sorted({f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in _DEFAULT_DOMAIN})
+    foreign = sorted({f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in DEFAULT_DOMAIN})
     if foreign:
         raise UnsupportedModel(
             f"{where} uses operators of another domain ({', '.join(foreign[:4])}{', ...' if len(foreign) > 4 else ''}); "
@@ -309,7 +309,7 @@ def check_support(model: onnx.ModelProto, where: str) -> None:
     control = sorted({node.op_type for node in model.graph.node} & _CONTROL_FLOW)
     if control:
         raise UnsupportedModel(f"{where} uses {', '.join(control)}; export it again by tracing, which leaves no control flow")
-    opsets = [opset.version for opset in model.opset_import if opset.domain in _DEFAULT_DOMAIN]
+    opsets = [opset.version for opset in model.opset_import if opset.domain in DEFAULT_DOMAIN]
     if not opsets or opsets[0] not in OPSETS:
         found = f"opset {opsets[0]}" if opsets else "no opset"
         raise UnsupportedModel(f"{where} has {found}; export it with one of {OPSETS.start} to {OPSETS.stop - 1}")
@@ -336,7 +336,7 @@ def _node(proto: onnx.NodeProto, model: onnx.ModelProto) -> Node:
     if attributes.get("block_size"):
         raise UnsupportedModel(f"{proto.op_type} of {proto.input[0]} is blocked; supported: per tensor and per channel")
     if proto.op_type == "Softmax" and "axis" not in attributes:
-        opset = next(opset.version for opset in model.opset_import if opset.domain in _DEFAULT_DOMAIN)
+        opset = next(opset.version for opset in model.opset_import if opset.domain in DEFAULT_DOMAIN)
         attributes["axis"] = -1 if opset >= 13 else 1
     return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attributes)
 
