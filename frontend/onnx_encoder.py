@@ -7,6 +7,7 @@ residual stream, and between two of them either an attention or a feed-forward n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tilewright.codegen.model import (
 )
 from tilewright.errors import InvalidModel, UnsupportedModel
 from tilewright.frontend.config import read_json
+from tilewright.frontend.families import FAMILIES
 from tilewright.frontend.huggingface import problem_type
 from tilewright.frontend.onnx_attention import Chain, read_attention
 from tilewright.frontend.onnx_check import check
@@ -51,6 +53,16 @@ def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
     Raises UnsupportedModel for an opset, operator, architecture or head that is not supported, or if a check fails, and
     InvalidModel for a damaged file, values that are not finite, or a tensor that the recognised encoder has no use for.
     """
+    try:
+        return _read(path, self_check)
+    except UnsupportedModel as error:
+        family = _other_family(_home(path) / "config.json")
+        if family is None:
+            raise
+        raise UnsupportedModel(f"{error} (config.json says {family}; families read so far: {', '.join(FAMILIES)})") from None
+
+
+def _read(path: Path, self_check: bool) -> EncoderModel:
     graph = read_graph(path)
     check_inputs(graph)
     fold_scalars(graph)
@@ -89,6 +101,15 @@ def load_onnx(path: Path, self_check: bool = True) -> EncoderModel:
     model = EncoderModel(config, embeddings, layers, head, text, walker.notes.report())
     check(model, walker, prober, stream, found.outputs, self_check)
     return model
+
+
+def _other_family(config: Path) -> str | None:
+    """The model_type that the file `config` states, if it is one of which nothing is known."""
+    with suppress(InvalidModel):
+        family = read_json(config, dict).get("model_type") if config.is_file() else None
+        stated = isinstance(family, str) and len(family) < 40 and family.isprintable()
+        return family if stated and family not in FAMILIES else None
+    return None
 
 
 def _home(path: Path) -> Path:

@@ -300,6 +300,8 @@ def check_support(model: onnx.ModelProto, where: str) -> None:
     """Raise UnsupportedModel for an opset or operators that are not read, InvalidModel for a file without a graph."""
     if not model.graph.node or not model.graph.output:
         raise InvalidModel(f"{where} holds no ONNX graph; export or copy it again")
+    if any(isinstance(name, bytes) for name in _names(model.graph)):  # which is how protobuf gives what it cannot decode
+        raise InvalidModel(f"{where} holds a name that is not UTF-8; the file is damaged, export or copy it again")
     foreign = sorted({f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in DEFAULT_DOMAIN})
     if foreign:
         raise UnsupportedModel(
@@ -313,6 +315,12 @@ def check_support(model: onnx.ModelProto, where: str) -> None:
     if not opsets or opsets[0] not in OPSETS:
         found = f"opset {opsets[0]}" if opsets else "no opset"
         raise UnsupportedModel(f"{where} has {found}; export it with one of {OPSETS.start} to {OPSETS.stop - 1}")
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str | bytes]:
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    yield from (value.name for value in (*graph.input, *graph.output, *graph.initializer))
 
 
 def check_wiring(model: onnx.ModelProto, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,12 +36,14 @@ class Batch:
 def run(model: EncoderModel, batch: Batch, observe: Observe) -> None:
     """Run the layers of a float `model` on `batch`; padding is masked, and left out of what is observed."""
     embeddings = model.embeddings
-    positions = torch.from_numpy(embeddings.position[: batch.ids.shape[1]])
-    x = functional.embedding(batch.ids, torch.from_numpy(embeddings.word)) + positions
-    if embeddings.token_type is not None:
-        x = x + functional.embedding(batch.types, torch.from_numpy(embeddings.token_type))
-    x = _norm(x, embeddings.norm)
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        # arrays of a file are read-only; nothing here writes to one
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        positions = torch.from_numpy(embeddings.position[: batch.ids.shape[1]])
+        x = functional.embedding(batch.ids, torch.from_numpy(embeddings.word)) + positions
+        if embeddings.token_type is not None:
+            x = x + functional.embedding(batch.types, torch.from_numpy(embeddings.token_type))
+        x = _norm(x, embeddings.norm)
         for index, layer in enumerate(model.layers):
             x = _layer(model, layer, x, batch.mask, partial(_tap, observe, batch.mask, index))
 

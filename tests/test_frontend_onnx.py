@@ -261,6 +261,23 @@ def test_a_weight_of_another_shape_is_refused(qdq: Path, tmp_path: Path) -> None
     refused(model, tmp_path, InvalidModel, "layer 0 query is [32, 31]", "[32, 32]")
 
 
+def test_a_name_that_is_no_text_is_refused(qdq: Path, tmp_path: Path) -> None:
+    """Of an operator, which protobuf reads all the same; only making another operator of that name fails."""
+    model = onnx.load(qdq)
+    name = next(node.name for node in model.graph.node if node.op_type == "MatMul").encode()
+    content = model.SerializeToString()
+    refused(content.replace(name, b"\xbd" + name[1:]), tmp_path, InvalidModel, "holds a name that is not UTF-8")
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"model_type": 3}', '{"model_type": "bert"}', '{"model_type": "mobilebert"}'])
+def test_a_graph_that_is_not_read_tells_its_family(config: str, qdq: Path, tmp_path: Path) -> None:
+    model = onnx.load(qdq)
+    model.opset_import[0].version = 9
+    (tmp_path / "config.json").write_text(config)
+    said = "(config.json says mobilebert; families read so far: bert, " if "mobile" in config else "has opset 9; export it"
+    refused(model, tmp_path, UnsupportedModel, said)
+
+
 def test_without_the_onnx_package(qdq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UnsupportedModel, match=r"pip install tilewright\[pipeline\]"):
