@@ -160,8 +160,7 @@ def measure(artifact: Path, shapes: Sequence[str]) -> dict[str, Table]:
         marks, out = Path(scratch, "marks.so"), Path(scratch, "out")
         _run("gcc", "-shared", "-fPIC", "-xc", "-", "-o", marks, text=_MARKS)
         options = ["--tool=callgrind", "--instr-atstart=no", "--dump-instr=yes", "--compress-strings=no", "--compress-pos=no"]
-        # tvm_ffi would import torch, if it is there, which takes long in Valgrind
-        program = "import sys; sys.modules['torch'] = None; from benchmarks.counts import calls; calls(*sys.argv[1:])"
+        program = "import sys; from benchmarks.counts import calls; calls(*sys.argv[1:])"
         _run("valgrind", *options, f"--callgrind-out-file={out}", sys.executable, "-c", program, artifact, marks, *shapes)
         profiles = [out.with_name(f"out.{part}").read_text() for part in range(1, 1 + len(shapes))]
     code = disassembly(_run("objdump", "-d", "--no-show-raw-insn", library))

@@ -1,16 +1,17 @@
-"""What a call costs besides its kernels: checks, packing, TVM's virtual machine, allocation, unpacking.
+"""What a call costs besides its kernels: checks, packing, walking the program, copying results.
 
 python -m benchmarks.overhead
 
-The model is compiled once more with every kernel's body left out, so that the same call path runs and its kernels return at
-once; what such a call takes is the overhead. (The profile of `tilewright benchmark` cannot tell: recording a call of a
-kernel takes longer than making it.) Whole and hollow calls alternate, so that a hollow call, too, finds in the caches what
-the kernels left there. One thread.
+The kernels of the artifact are compiled once more with every body left out, so that the same call path runs and its kernels
+return at once; what such a call takes is the overhead. (The profile of `tilewright benchmark` cannot tell: recording a call of
+a kernel takes about as long as making it.) Whole and hollow calls alternate, so that a hollow call, too, finds in the caches
+what the kernels left there. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -26,28 +27,31 @@ from benchmarks import models
 from benchmarks.machine import machine
 from tilewright import frontend
 from tilewright.artifact import open_artifact
-from tilewright.codegen.build import build
+from tilewright.codegen.artifact import write_artifact
+from tilewright.codegen.build import build_library
 from tilewright.codegen.lower import lower
 from tilewright.engine import Engine
 from tilewright.measure import random_ids
-from tilewright.runtime import Executable
 from tilewright.schedules.choice import plan
 from tilewright.schedules.isa import ISAS
 
 
-def hollow(source: Path, whole: Engine, artifact: Path, library: Path) -> Engine:
-    """An engine like `whole`, which runs `artifact` made from `source`, of kernels that do nothing."""
+def hollow(source: Path, whole: Engine, artifact: Path, directory: Path) -> Engine:
+    """An engine like `whole`, which runs `artifact` made from `source`, of kernels that do nothing, written to `directory`."""
     level = ISAS[whole.level.name]
     model = frontend.load(source)
     module = lower(model, plan(model, level)).module
     emptied = {
-        symbol: func.with_body(tvm.tirx.Evaluate(0)) if isinstance(func, tvm.tirx.PrimFunc) else func
+        symbol: func.with_body(tvm.tirx.Evaluate(0))
         for symbol, func in module.functions.items()
+        if isinstance(func, tvm.tirx.PrimFunc)
     }
-    build(tvm.IRModule(emptied, attrs=module.attrs), level.target(), library)
+    library = directory.with_suffix(".so")
+    build_library(tvm.IRModule(emptied), level.target(), library)
     _, weights = open_artifact(artifact)
-    executable = Executable(library, [weights[each.tensor] for each in whole.level.parameters.values()])
-    return Engine(whole.manifest, whole.level, executable, None, num_threads=1)
+    manifest = dataclasses.replace(whole.manifest, levels=(whole.level,))
+    write_artifact(directory, libraries={level.name: library}, weights=weights, manifest=manifest)
+    return tilewright.load(directory, num_threads=1, isa=level.name)
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -77,7 +81,7 @@ def main() -> None:
             for target in args.levels:
                 artifact = tilewright.compile(source, target, directory / f"{target}.tw").path
                 whole = tilewright.load(artifact, num_threads=1)
-                empty = hollow(source, whole, artifact, directory / f"{target}.so")
+                empty = hollow(source, whole, artifact, directory / f"{target}-hollow.tw")
                 for shape in args.shapes:
                     ids = random_ids(whole.manifest.limits.vocab_size, *(int(n) for n in shape.split("x")))
                     samples = []

@@ -17,14 +17,12 @@ from tvm.ir.instrument import pass_instrument
 from tvm.tirx import register_tir_pipeline
 
 from tilewright.codegen.lowering import small_buffers_on_stack
-from tilewright.codegen.shapes import order_shapes
 from tilewright.codegen.stealing import steal_tasks
 from tilewright.codegen.tiles import configure_tiles
 from tilewright.codegen.trim import trim
-from tilewright.codegen.trust import trust_parameters
 
 PIPELINE = "tilewright"
-"""The name that `tvm.compile` and `relax.build` take for LOWERING."""
+"""The name that `tvm.compile` takes for LOWERING."""
 
 
 def _each_kernel(rewrite: Callable[[tirx.PrimFunc], tirx.PrimFunc]) -> Any:
@@ -47,19 +45,8 @@ PROGRAM: tuple[Any, ...] = (
     relax.transform.CallTIRRewrite(),
     relax.transform.CanonicalizeBindings(),
     relax.transform.StaticPlanBlockMemory(),
-    relax.transform.LowerAllocTensor(),
-    relax.transform.LowerRuntimeBuiltin(),
-    relax.transform.ComputePrimValue(),
-    relax.transform.VMShapeLower(),
-    _each_kernel(order_shapes),  # of the functions that the pass before has made
-    relax.transform.function_pass(trust_parameters, opt_level=0, name="tilewright.trust_parameters"),
-    relax.transform.AttachGlobalSymbol(),
 )
-"""The main function to VM code: only what a straight line of kernel calls needs.
-
-The default pipeline's fusion passes would look for operators, and its release of each tensor after the last use would cost time
-in every call, while memory is planned as a whole.
-"""
+"""The main function to allocations and calls of kernels, from which `codegen/flatten.py` makes the program that is run."""
 
 LOWERING: tuple[Any, ...] = (
     s_tir.transform.CanonicalizeLoop(),

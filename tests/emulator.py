@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import tvm_ffi
 from numpy.typing import NDArray
 
 from tests.emulated_cpu import EmulationError, Machine
-from tilewright import engine
+from tests.native import HARNESS, Any_, Arguments, Library, Tensor, aligned, harness_path
 from tilewright.artifact import read_manifest
-from tilewright.runtime import CallerThread
+from tilewright.cpu import choose_level
+from tilewright.engine import Engine
+from tilewright.manifest import MANIFEST, WEIGHTS
+from tilewright.runtime import Options, Runtime, check, library
 
 Array = NDArray[Any]
 MODEL_OF_LEVEL = {
@@ -39,9 +41,9 @@ MODEL_OF_LEVEL = {
 }
 """ISA level to an emulated CPU that has it and nothing newer."""
 
-_DL_TENSOR = 7  # TVMFFITypeIndex.kTVMFFIDLTensorPtr
-_KINDS = {"i": 0, "u": 1, "f": 2}  # DLDataTypeCode
-_SKIP_RUN = 1  # VMInstrumentReturnKind: the VM does not make the call
+_ANY_CPU = 2  # TILEWRIGHT_ANY_CPU
+_Kernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(Any_), ctypes.c_int32, ctypes.c_void_p)
+_Symbol = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
 
 
 class Task(Protocol):
@@ -54,7 +56,7 @@ class Task(Protocol):
 def emulate(model: str, task: Task, timeout: float = 60.0) -> Any:
     """`task.run` on CPU `model` of `emulated_cpu.MODELS`, in a new process; raises EmulationError if that fails."""
     environment = os.environ | {
-        "TVM_NUM_THREADS": "1",  # parallel loops run inline: the emulated CPU is one core
+        HARNESS: str(harness_path()),
         "LD_BIND_NOW": "1",  # ld.so saves registers with instructions of the real CPU when it binds a function on first call
         # the C library's memcpy and the like were chosen for the real CPU when it was loaded
         "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD,-AVX512ER",
@@ -90,7 +92,7 @@ def serve() -> None:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Calls of functions of one TVM library, each with its arrays.
+    """Calls of kernels of one library, each with its arrays.
 
     The result has, for each call, the arrays as it left them, or the text of the EmulationError that ended it.
     """
@@ -99,16 +101,26 @@ class Kernels:
     calls: Sequence[tuple[str, Sequence[Array]]]
 
     def run(self, machine: Machine) -> list[list[Array] | str]:
-        library = _Library(self.library)
+        kernels = Library(self.library)
         results: list[list[Array] | str] = []
         for name, values in self.calls:
-            arrays = [_aligned(value) for value in values]
+            arrays = [aligned(value) for value in values]
             try:
-                library.call(machine, name, arrays)
+                arguments = Arguments(arrays)
+                _call(machine, name, kernels.kernel(name), arguments.address, len(arrays))
                 results.append(arrays)
             except EmulationError as error:
                 results.append(str(error))
         return results
+
+
+def _call(machine: Machine, name: str, kernel: int | None, arguments: int, count: int) -> None:
+    """Run a kernel, by TVM's packed calling convention."""
+    assert kernel is not None
+    result = Any_()
+    status = machine.call(kernel, 0, arguments, count, ctypes.addressof(result))
+    if status & 0xFFFFFFFF:
+        raise EmulationError(f"{name} returned an error: its arguments do not fit")
 
 
 @dataclass(frozen=True)
@@ -120,11 +132,24 @@ class Trace:
     kernels: Sequence[tuple[str, Sequence[Array]]]
 
 
+class _Model(ctypes.Structure):
+    """tilewright_model."""
+
+    _fields_ = (
+        ("manifest", ctypes.c_char_p),
+        ("manifest_size", ctypes.c_size_t),
+        ("weights", ctypes.c_void_p),
+        ("weights_size", ctypes.c_size_t),
+        ("symbol", _Symbol),
+        ("context", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """A call of an artifact with `inputs`: the engine and TVM's VM run natively, every kernel on the machine. -> Trace.
+    """A call of an artifact with `inputs`: the engine runs natively, every kernel on the machine. -> Trace.
 
-    features: what the engine is told that the CPU has, by default all that the artifact's levels need.
+    features: what the CPU is said to have when the level is chosen, by default all that the artifact's levels need.
     """
 
     artifact: Path
@@ -133,89 +158,54 @@ class Encoder:
 
     def run(self, machine: Machine | None) -> Trace:
         """With no machine, kernels run natively too."""
-        needed = frozenset(f for level in read_manifest(self.artifact).levels for f in level.features)
-        told = needed if self.features is None else self.features
-        known, engine.cpu_features = engine.cpu_features, lambda: told
+        manifest = read_manifest(self.artifact)
+        needed = frozenset(feature for level in manifest.levels for feature in level.features)
+        level = choose_level(manifest.levels, needed if self.features is None else self.features)
+        weights = aligned(np.fromfile(self.artifact / WEIGHTS, np.uint8))
+        kernels = _TracedKernels(Library(self.artifact.resolve() / level.library), machine, weights)
+        text = (self.artifact / MANIFEST).read_bytes()
+        model = _Model(text, len(text), weights.ctypes.data, weights.nbytes, kernels.symbol, None)
+        options, handle = Options(threads=1, flags=_ANY_CPU, level=level.name.encode()), ctypes.c_void_p()
+        check(library().tilewright_open_model(ctypes.byref(model), ctypes.byref(options), ctypes.byref(handle)))
+        loaded = Engine(manifest, level, Runtime(handle, kernels), None, num_threads=1)
         try:
-            loaded = engine.load(self.artifact, num_threads=1)
+            outputs = loaded(**self.inputs)
         finally:
-            engine.cpu_features = known
-        executable = loaded._executable
-        library = _Library(self.artifact.resolve() / loaded.level.library)
-        weights = {np.from_dlpack(parameter).ctypes.data for parameter in executable._parameters}
-        kernels: list[tuple[str, list[Array]]] = []
-
-        def instrument(function: Any, symbol: str, before: bool, result: Any, *arguments: Any) -> int:
-            if before == (machine is None) or not library.has(symbol):
-                return 0
-            arrays = [np.from_dlpack(argument) for argument in arguments]
-            if machine is not None:
-                library.call(machine, symbol, arrays)
-            kernels.append((symbol, [array.copy() for array in arrays if array.ctypes.data not in weights]))
-            return _SKIP_RUN
-
-        executable._machine["set_instrument"](instrument)
-        outputs = loaded(**self.inputs)
-        executable._machine["set_instrument"](None)
-        return Trace(loaded.level.name, outputs, kernels)
+            if kernels.failure is not None:
+                raise kernels.failure
+        return Trace(level.name, outputs, kernels.calls)
 
 
-class _Library:
-    """A TVM library whose functions run on a machine."""
+class _TracedKernels:
+    """What finds the symbols of a library for the runtime, with every kernel replaced by one that leaves a trace."""
 
-    def __init__(self, path: Path) -> None:
-        CallerThread()  # loads TVM's runtime
-        self._module = tvm_ffi.load_module(path)  # which also sets the library's pointers to runtime functions
-        self._library = ctypes.CDLL(str(path))
+    def __init__(self, kernels: Library, machine: Machine | None, weights: Array) -> None:
+        self.calls: list[tuple[str, list[Array]]] = []
+        self.failure: Exception | None = None
+        self.symbol = _Symbol(lambda _context, _level, name: self._find(name.decode()))
+        self._kernels, self._machine = kernels, machine
+        self._weights = range(weights.ctypes.data, weights.ctypes.data + weights.nbytes)
+        self._replaced: dict[str, Any] = {}
 
-    def has(self, name: str) -> bool:
-        return hasattr(self._library, f"__tvm_ffi_{name}")
+    def _find(self, symbol: str) -> int | None:
+        address, name = self._kernels.address(symbol), symbol.removeprefix("__tvm_ffi_")
+        if address is None or name == symbol:
+            return address
+        native = ctypes.cast(address, _Kernel)
 
-    def call(self, machine: Machine, name: str, arrays: Sequence[Array]) -> None:
-        """Call function `name`, by TVM's packed calling convention."""
-        address = ctypes.cast(getattr(self._library, f"__tvm_ffi_{name}"), ctypes.c_void_p).value
-        assert address is not None
-        tensors = [_Tensor.of(array) for array in arrays]
-        arguments = (_Any * len(arrays))(*(_Any(_DL_TENSOR, 0, ctypes.addressof(tensor)) for tensor in tensors))
-        result = _Any()
-        status = machine.call(address, 0, ctypes.addressof(arguments), len(arrays), ctypes.addressof(result))
-        if status & 0xFFFFFFFF:
-            raise EmulationError(f"{name} returned an error: its arguments do not fit")
+        def run(itself: int, arguments: Any, count: int, result: int) -> int:
+            try:
+                if self._machine is None:
+                    native(itself, arguments, count, result)
+                else:
+                    _call(self._machine, name, address, ctypes.addressof(arguments.contents), count)
+                arrays = [Tensor.from_address(arguments[place].value).array() for place in range(count)]
+                own = [array.copy() for array in arrays if array.ctypes.data not in self._weights]
+                self.calls.append((name, own))
+            except Exception as error:  # nothing may leave a callback
+                self.failure = error
+                return -1
+            return 0
 
-
-class _Any(ctypes.Structure):
-    """TVMFFIAny (tvm/ffi/c_api.h)."""
-
-    _fields_ = (("type_index", ctypes.c_int32), ("padding", ctypes.c_int32), ("value", ctypes.c_uint64))
-
-
-class _Tensor(ctypes.Structure):
-    """DLTensor (dlpack.h)."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", ctypes.c_int32 * 2),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-    @classmethod
-    def of(cls, array: Array) -> _Tensor:
-        shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-        strides = (ctypes.c_int64 * array.ndim)(*(stride // array.itemsize for stride in array.strides))
-        code, bits = _KINDS[array.dtype.kind], array.itemsize * 8
-        return cls(array.ctypes.data, (1, 0), array.ndim, code, bits, 1, shape, strides, 0)
-
-
-def _aligned(value: Array) -> Array:
-    """A copy at a multiple of 64 bytes, where TVM's own arrays are."""
-    memory = np.zeros(value.nbytes + 64, np.uint8)
-    skip = -memory.ctypes.data % 64
-    copy = memory[skip : skip + value.nbytes].view(value.dtype).reshape(value.shape)
-    copy[...] = value
-    return copy
+        self._replaced[name] = _Kernel(run)
+        return ctypes.cast(self._replaced[name], ctypes.c_void_p).value

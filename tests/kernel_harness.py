@@ -91,6 +91,7 @@ class Kernel:
     def __init__(self, made: Single) -> None:
         self.spec = made.spec
         self.arguments = {name: (shape, dtype) for name, shape, dtype in made.parameters}
+        self.scheduled = made.scheduled
         self._made = made
         self._run = made.module["main"]
 

@@ -136,7 +136,7 @@ def test_outputs_that_the_module_does_not_give_are_refused(toy_copy: Path, chang
         tilewright.load(toy_copy)([[1]])
 
 
-@pytest.mark.parametrize("text", ["", '{"schema_version": 3, "isa"', "[]", "null", "\udcff"])
+@pytest.mark.parametrize("text", ["", '{"schema_version": 4, "isa"', "[]", "null", "\udcff"])
 def test_truncated_manifest_is_refused(toy_copy: Path, text: str) -> None:
     (toy_copy / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InvalidArtifact, match=r"manifest\.json"):

@@ -15,7 +15,7 @@ from tests.emulated_cases import Case, cases
 from tests.emulated_cpu import EmulationError
 from tests.emulator import MODEL_OF_LEVEL, Kernels, emulate
 from tests.kernel_harness import Array
-from tilewright.codegen.passes import PIPELINE
+from tilewright.codegen.build import build_library
 from tilewright.schedules.isa import ISAS
 
 pytestmark = pytest.mark.skipif(find_spec("bochscpu") is None, reason="bochscpu-python is not installed")
@@ -40,8 +40,7 @@ def levels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Level]:
         isa = ISAS[name]
         library = directory / f"{name}.so"
         made = {name: make() for name, make in cases(isa).items()}
-        module = tvm.IRModule({name: case.func.with_attr("global_symbol", name) for name, case in made.items()})
-        tvm.compile(module, target=isa.target(), tir_pipeline=PIPELINE).export_library(str(library))
+        build_library(tvm.IRModule({name: case.func for name, case in made.items()}), isa.target(), library)
         calls = [(name, arrays) for name, case in made.items() for arrays, _ in case.calls]
         results: dict[str, list[Array | str]] = {name: [] for name in made}
         for (name, _), left in zip(calls, emulate(MODEL_OF_LEVEL[isa.name], Kernels(library, calls)), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
-import tvm_ffi
 from tvm.script import tirx as T
 
 from tests.kernel_harness import LINEAR_LEVELS, from_groups, group_shape, linear_kernel, product
+from tests.native import Library, Pool, aligned
+from tilewright.codegen.build import build_library
 from tilewright.codegen.decisions import FAMILY_LANES
 from tilewright.codegen.epilogues import Raw
 from tilewright.codegen.stealing import SPANS, steal_tasks
-from tilewright.runtime import _SHARE_ALL_CORES, PoolThread
 from tilewright.schedules.isa import ISAS
 
 LENGTHS = (0, 1, 2, 3, 7, 64, SPANS - 1, SPANS, 2 * SPANS - 1, 2 * SPANS, 1000)
@@ -68,68 +67,61 @@ FUNCTIONS = {"count": count, "stall": stall}
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both functions, as artifacts hold kernels: in a shared library."""
     path = tmp_path_factory.mktemp("stealing") / "library.so"
-    functions = {name: steal_tasks(func.with_attr("global_symbol", name)) for name, func in FUNCTIONS.items()}
-    tvm.compile(tvm.IRModule(functions), target=ISAS["portable"].target()).export_library(str(path))
+    functions = {name: steal_tasks(func) for name, func in FUNCTIONS.items()}
+    build_library(tvm.IRModule(functions), ISAS["portable"].target(), path)
     return path
 
 
-def workers(size: int) -> PoolThread:
-    """A pool with `size` workers, even where there are fewer cores: an engine's would leave some without work."""
-    pool, cores = PoolThread(size), [str(core) for core in sorted(os.sched_getaffinity(0))]
-    pool.run(lambda: tvm_ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, size, (cores * size)[:size]))
-    return pool
-
-
 @pytest.fixture(scope="module")
-def pools() -> dict[int, PoolThread]:
-    return {size: workers(size) for size in (1, 2, 3, 5)}
+def pools() -> dict[int, Pool]:
+    return {size: Pool(size) for size in (1, 2, 3, 5)}
 
 
-def check_counts(library: Path, calls: int, lengths: Sequence[int]) -> None:
+def check_counts(pool: Pool, path: Path, calls: int, lengths: Sequence[int]) -> None:
     """Call `count` for all pairs of lengths."""
-    function = tvm_ffi.load_module(library)["count"]
+    library = Library(path)
     rows = np.arange(1000)
     for n, m in itertools.product(lengths, repeat=2):
         first, second = np.zeros(1000, np.int32), np.arange(3000, dtype=np.int32).reshape(1000, 3)
         expected = second + calls * (rows < m)[:, None]
         for _ in range(calls):
-            function(n, m, first, second)
+            pool.call(library, "count", n, m, first, second)
         np.testing.assert_array_equal(first, calls * (rows < n))
         np.testing.assert_array_equal(second, expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_every_task_runs_once(library: Path, pools: dict[int, PoolThread], size: int) -> None:
-    pools[size].run(lambda: check_counts(library, 5, LENGTHS))
+def test_every_task_runs_once(library: Path, pools: dict[int, Pool], size: int) -> None:
+    check_counts(pools[size], library, 5, LENGTHS)
 
 
 def test_pools_that_run_the_same_code_do_not_share_tasks(library: Path) -> None:
-    pools = [workers(size) for size in (2, 2, 3)]
+    pools = [Pool(size) for size in (2, 2, 3)]
     with ThreadPoolExecutor(len(pools)) as callers:
-        for job in [callers.submit(pool.run, lambda: check_counts(library, 50, (3, 64, 1000))) for pool in pools]:
+        for job in [callers.submit(check_counts, pool, library, 50, (3, 64, 1000)) for pool in pools]:
             job.result()
 
 
 @pytest.mark.parametrize("place", [0, 32])
 def test_a_worker_that_stalls_at_the_first_task_of_its_share_leaves_the_rest_to_others(
-    library: Path, pools: dict[int, PoolThread], place: int
+    library: Path, pools: dict[int, Pool], place: int
 ) -> None:
-    function, threads = tvm_ffi.load_module(library)["stall"], np.zeros(64, np.uint64)
-    pools[2].run(lambda: function(place, threads))
+    threads = np.zeros(64, np.uint64)
+    pools[2].call(Library(library), "stall", place, threads)
     assert len(set(threads[place : place + 32])) == 2  # TVM's own split would give all of them to one
 
 
 def test_a_claim_is_an_instruction_and_no_function(library: Path) -> None:
     symbols = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout
     assert "__tvm_ffi_count" in symbols
-    assert "tilewright" not in symbols
+    assert not {"tilewright_claim", "tilewright_is_free"} & set(symbols.split())
     assembly = linear_kernel("portable", "row", None, 64, 64, Raw()).assembly
     assert re.search(r"\bxchgb\b", assembly)
     assert "tilewright_claim" not in assembly
 
 
 @pytest.mark.parametrize(("isa", "family", "block"), LINEAR_LEVELS)
-def test_the_number_of_threads_does_not_change_sums(pools: dict[int, PoolThread], isa: str, family, block) -> None:
+def test_the_number_of_threads_does_not_change_sums(pools: dict[int, Pool], tmp_path: Path, isa: str, family, block) -> None:
     """Of tokens for all nests of the kernel, and for some of them."""
     n, k = 192, 768
     kernel, layout = linear_kernel(isa, family, block, n, k, Raw()), FAMILY_LANES[family]
@@ -137,10 +129,14 @@ def test_the_number_of_threads_does_not_change_sums(pools: dict[int, PoolThread]
     mask = np.kron(random.random((n // block[0], k // block[1])) < 0.2, np.ones(block, int)) if block else 1
     weight = (random.integers(-127, 128, (n, k)) * mask).astype(np.int8)
     fold, unused = random.integers(-(2**20), 2**20, n).astype(np.int32), np.full(n, np.nan, np.float32)
+    build_library(tvm.IRModule({"main": kernel.scheduled}), ISAS[isa].target(), tmp_path / "kernel.so")
+    library = Library(tmp_path / "kernel.so")
     for tokens in (16, 64, 16 * 29):
         x = random.integers(0, 256, (tokens, k)).astype(np.uint8)
         inputs = kernel.arrays(x, weight, fold=fold, scale=unused, bias=unused)
-        outputs = {"sums": group_shape(tokens, n, layout)}
-        for threads in pools.values():
-            sums = threads.run(lambda inputs=inputs, outputs=outputs: kernel(inputs, outputs)["sums"])
+        for pool in pools.values():
+            sums = aligned(np.full(group_shape(tokens, n, layout), 0x55555555, np.int32))
+            values = inputs | {"sums": sums}
+            arguments = [values[name] if name == "sums" else aligned(values[name]) for name in kernel.arguments]
+            pool.call(library, "main", *arguments)
             np.testing.assert_array_equal(from_groups(sums, layout), product(x, weight) + fold)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.manifest import Head, LayerRecord, LevelRecord, Limits, Manifest, Output, Parameter
+from tilewright.program import KernelCall, Program, Value
 
 WIDTH = 8
 LIMITS = Limits(vocab_size=100, max_positions=32, max_tokens=64, token_types=2)
@@ -31,6 +32,21 @@ def parameters(shift: int = len(SHIFT), width: int = WIDTH) -> dict[str, Paramet
     }
 
 
+PROGRAM = Program(
+    values=(
+        Value(0, "float32", ("groups", 16, WIDTH)),
+        Value(1, "float32", ("groups", 16, 1)),
+        Value(2, "float32", ("sequences", WIDTH)),
+    ),
+    calls=(
+        KernelCall("hidden", ("input_ids", "position_ids", "token_type_ids", "table", 0)),
+        KernelCall("score", (0, 1)),
+        KernelCall("total", (0, "offsets", "shift", 2)),
+    ),
+    outputs=(0, 1, 2),
+)
+"""What `build_library` must find the module's main function to be."""
+
 MANIFEST = Manifest(
     levels=(
         LevelRecord(
@@ -39,6 +55,7 @@ MANIFEST = Manifest(
             "model.portable.so",
             parameters(),
             (LayerRecord("toy", (WIDTH, WIDTH), (4, 1), 0.2, "gather", "default"),),
+            program=PROGRAM,
         ),
     ),
     inputs=("input_ids", "attention_mask", "token_type_ids"),
@@ -68,6 +85,8 @@ def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1, width
     from tvm.script import ir as I
     from tvm.script import relax as R
     from tvm.script import tirx as T
+
+    from tilewright.codegen.build import build
 
     step = positions
 
@@ -140,7 +159,8 @@ def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1, width
             return (h, score, total)
     # fmt: on
 
-    tvm.compile(Toy, tvm.target.Target({"kind": "llvm", "mcpu": "x86-64"})).export_library(str(path))
+    program = build(Toy, tvm.target.Target({"kind": "llvm", "mcpu": "x86-64"}), path, tuple(parameters()))
+    assert program == PROGRAM
     return path
 
 

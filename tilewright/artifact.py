@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tilewright.errors import InvalidArtifact
 from tilewright.files import open_regular, read_text
-from tilewright.manifest import MANIFEST, WEIGHTS, LevelRecord, Manifest, Parameter, Role
+from tilewright.manifest import MANIFEST, WEIGHTS, Manifest, Parameter, Role
 from tilewright.weights import map_weights
 
 T = TypeVar("T")
@@ -36,25 +36,6 @@ def open_artifact(directory: Path) -> tuple[Manifest, dict[str, NDArray[Any]]]:
                     f"{expected[0]}{list(expected[1])}; compile the model again"
                 )
     return manifest, weights
-
-
-def check_addresses(level: LevelRecord, weights: Mapping[str, NDArray[Any]]) -> None:
-    """Raise InvalidArtifact if an array of addresses of `level` holds one that could lead its kernels out of their arrays.
-
-    Takes a look at each address; the values of other parameters cannot do harm and are not touched.
-    """
-    for name, parameter in level.parameters.items():
-        array = weights[parameter.tensor].reshape(-1)
-        if parameter.role != "addresses" or not array.size:
-            continue
-        low, high = int(array.min()), int(array.max())
-        if not parameter.lowest <= low <= high <= parameter.highest:
-            raise InvalidArtifact(
-                f"{name} of {level.name} holds addresses {low} to {high}; its kernel takes {parameter.lowest} to "
-                f"{parameter.highest}; compile the model again"
-            )
-        if parameter.ascending and bool((array[1:] < array[:-1]).any()):
-            raise InvalidArtifact(f"{name} of {level.name} must not fall from one address to the next; compile the model again")
 
 
 def describe_parameter(tensor: str, array: NDArray[Any], role: Role) -> Parameter:

@@ -24,6 +24,7 @@ from tilewright.cpu import cpu_features
 from tilewright.errors import InvalidInput, InvalidModel
 from tilewright.frontend.config import read_json
 from tilewright.manifest import MAX_TOKENS, LayerRecord, LevelRecord, Limits, Manifest, Output, TuningRecord, library_name
+from tilewright.program import Program
 from tilewright.schedules.apply import apply
 from tilewright.schedules.choice import Sparse, plan
 from tilewright.schedules.isa import Isa, known_cpu, resolve_all
@@ -95,8 +96,8 @@ def compile(
                 progress("schedule")
                 module = apply(lowered.module, lowered.specs)
                 progress("build")
-                build(module, isa.target(), libraries[isa.name])
-            levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters), replayed))
+                program = build(module, isa.target(), libraries[isa.name], tuple(lowered.parameters))
+            levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters), replayed, program))
         progress("write")
         provenance = _provenance(model_path, model, {"target": target, "max_tokens": max_tokens, "sparse": sparse})
         written = write_artifact(
@@ -135,7 +136,7 @@ def _working_directory() -> Iterator[Path]:
         raise InvalidInput(f"cannot work in the temporary directory ({error}); free space there or set TMPDIR") from error
 
 
-def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str], replayed: Replay) -> LevelRecord:
+def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str], replayed: Replay, program: Program) -> LevelRecord:
     layers = tuple(
         LayerRecord(
             name=kernel.name,
@@ -153,7 +154,7 @@ def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str], replayed: Rep
         for name, tensor in parameters.items()
     }
     tuning = {name: tuple(map(_tuning, records)) for name, records in replayed.applied.items()}
-    return LevelRecord(isa.name, isa.features, library_name(isa.name), described, layers, tuning)
+    return LevelRecord(isa.name, isa.features, library_name(isa.name), described, layers, tuning, program)
 
 
 def _tuning(record: Record) -> TuningRecord:

@@ -1,9 +1,8 @@
-"""Loads an artifact and runs it with TVM's runtime and NumPy only: no compiler, torch or transformers."""
+"""Loads an artifact and runs it with the C runtime and NumPy only: no compiler, torch or transformers."""
 
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tilewright.artifact import check_addresses, consistently, open_artifact
+from tilewright.artifact import consistently, read_manifest
 from tilewright.cpu import ISA_VARIABLE, available_cores, choose_level, cpu_features
 from tilewright.errors import InvalidArtifact, InvalidInput
 from tilewright.files import read_text
 from tilewright.forking import Gate
-from tilewright.manifest import GROUP, TOKENIZER, LevelRecord, Manifest
+from tilewright.manifest import TOKENIZER, LevelRecord, Manifest
 from tilewright.measure import BenchmarkResult, KernelClock, KernelTime, random_ids, summarize, time_calls
-from tilewright.packing import Float32, Int32, Packed, pack
-from tilewright.runtime import Executable, acquire_threads, release_threads
+from tilewright.packing import Inputs, as_inputs
+from tilewright.runtime import Runtime
 from tilewright.tokenizer import guarded, read_tokenizer
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 MAX_THREADS = 1024
 """More than any machine this is for has cores."""
 
-RUN_TOKENS = 256
-"""Tokens of one run for each thread, if a batch has more than one sequence: their activations stay in the L2 cache."""
+Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,11 @@ def load(path: str | Path, num_threads: int | None = None, isa: str | None = Non
 
 
 def _load(directory: Path, num_threads: int, isa: str | None) -> Engine:
-    manifest, weights = open_artifact(directory)
+    manifest = read_manifest(directory)
     level = choose_level(manifest.levels, cpu_features(), isa or os.environ.get(ISA_VARIABLE) or None)
-    check_addresses(level, weights)
-    parameters = [weights[parameter.tensor] for parameter in level.parameters.values()]
-    executable = Executable((directory / level.library).resolve(), parameters)
+    runtime = Runtime.open(directory, level.name, num_threads)
     tokenizer = _read_tokenizer(directory / TOKENIZER) if TOKENIZER in manifest.files else None
-    return Engine(manifest, level, executable, tokenizer, num_threads)
+    return Engine(manifest, level, runtime, tokenizer, num_threads)
 
 
 def _read_tokenizer(path: Path) -> str:
@@ -80,19 +76,17 @@ class Engine:
     """A loaded artifact. Calls from several threads are safe and run one after the other."""
 
     def __init__(
-        self, manifest: Manifest, level: LevelRecord, executable: Executable, tokenizer: str | None, num_threads: int
+        self, manifest: Manifest, level: LevelRecord, runtime: Runtime, tokenizer: str | None, num_threads: int
     ) -> None:
         """Use `load`."""
         self.manifest = manifest
         self.level = level
         self.num_threads = num_threads
-        self._executable = executable
+        self._runtime = runtime
         self._tokenizer_text = tokenizer
         self._tokenizer_lock = Gate()  # truncation is a setting of the shared tokenizer
         self._takes_types = "token_type_ids" in manifest.inputs
-        self._workspace = _aligned_rows(4, manifest.limits.max_tokens + GROUP)
-        self._threads = acquire_threads(num_threads)
-        weakref.finalize(self, release_threads, self._threads)
+        self._widths = [(output.per == "token", output.width) for output in manifest.outputs]
 
     def __reduce__(self) -> Any:
         """Engines hold code and threads of their process."""
@@ -121,25 +115,22 @@ class Engine:
 
         A sequence's results do not depend on the rest of the batch or on where its padding is. Raises InvalidInput.
         """
-        packed = self._pack(input_ids, attention_mask, token_type_ids)
-        return self._unpack(packed, self._threads.run(lambda: self._run(packed)))
+        results = self._run(self._inputs(input_ids, attention_mask, token_type_ids))
+        outputs = zip(self.manifest.outputs, results, strict=True)
+        return {output.name: array[..., 0] if output.squeeze else array for output, array in outputs}
 
     def profile(self, inputs: Mapping[str, ArrayLike], iterations: int = 10) -> tuple[KernelTime, ...]:
         """Mean time of each kernel over `iterations` calls with `inputs`, the largest first."""
         check_count("iterations", iterations)
         if unknown := [name for name in inputs if name not in self.manifest.inputs]:
             raise InvalidInput(f"inputs hold {unknown[0]!r}; the model takes {', '.join(self.manifest.inputs)}")
-        packed = self._pack(**inputs)
+        arrays = self._inputs(**inputs)
         clock = KernelClock()
-
-        def job() -> float:
-            plain = time_calls(lambda: self._run(packed), duration=0, iterations=iterations, warmup=1)
-            with self._executable.timed(clock.record):
-                for _ in range(iterations):
-                    self._run(packed)
-            return sum(plain) / iterations
-
-        return clock.summary(iterations, self._threads.run(job))
+        plain = time_calls(lambda: self._run(arrays), duration=0, iterations=iterations, warmup=1)
+        with self._runtime.timed(clock.record):
+            for _ in range(iterations):
+                self._run(arrays)
+        return clock.summary(iterations, sum(plain) / iterations)
 
     def benchmark(
         self,
@@ -200,65 +191,21 @@ class Engine:
         tokenizer.no_padding()  # the file may ask for padding to a fixed length
         return tokenizer
 
-    def _pack(
+    def _inputs(
         self,
         input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
-    ) -> Packed:
+    ) -> Inputs:
         if token_type_ids is not None and not self._takes_types:
             raise InvalidInput(f"token_type_ids was passed; the model takes {', '.join(self.manifest.inputs)}")
-        return pack(self.manifest.limits, input_ids, attention_mask, token_type_ids)
+        return as_inputs(input_ids, attention_mask, token_type_ids)
 
-    def _run(self, packed: Packed) -> list[list[Float32]]:
-        """Outputs of each chunk. Only one thread at a time may be here: the workspace is shared."""
-        max_tokens = min(self.manifest.limits.max_tokens, RUN_TOKENS * self.num_threads)
-        return [self._run_chunk(packed, first, last) for first, last in packed.chunks(max_tokens)]
-
-    def _run_chunk(self, packed: Packed, first: int, last: int) -> list[Float32]:
-        begin, end = packed.offsets[first], packed.offsets[last]
-        groups = -(-(end - begin) // GROUP)
-        ids, positions, types, offsets = self._workspace
-
-        def fill(row: Int32, values: Int32 | None) -> Int32:
-            size = 0 if values is None else end - begin
-            if values is not None:
-                row[:size] = values[begin:end]
-            row[size : groups * GROUP] = 0
-            return row[: groups * GROUP].reshape(groups, GROUP)
-
-        arguments = [fill(ids, packed.input_ids), fill(positions, packed.position_ids)]
-        if self._takes_types:
-            arguments.append(fill(types, packed.token_type_ids))
-        offsets = offsets[: last - first + 1]
-        np.subtract(packed.offsets[first : last + 1], begin, out=offsets)
-        results = self._executable(*arguments, offsets)
-        leading = {"token": (groups, GROUP), "sequence": (last - first,)}
-        if [result.shape for result in results] != [(*leading[o.per], o.width) for o in self.manifest.outputs]:
-            raise InvalidArtifact("the manifest lists other outputs than its module gives; compile the model again")
-        return [
-            result.reshape(groups * GROUP, -1)[: end - begin] if output.per == "token" else result
-            for output, result in zip(self.manifest.outputs, results, strict=True)
-        ]
-
-    def _unpack(self, packed: Packed, chunks: list[list[Float32]]) -> dict[str, Float32]:
-        outputs: dict[str, Float32] = {}
-        for index, output in enumerate(self.manifest.outputs):
-            parts = [chunk[index] for chunk in chunks]
-            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            array = packed.scatter(array) if output.per == "token" else array
-            outputs[output.name] = array[..., 0] if output.squeeze else array
-        return outputs
+    def _run(self, inputs: Inputs) -> list[Float32]:
+        return self._runtime.run(*inputs, self._widths)
 
 
 def check_count(name: str, value: object, most: int = 2**31 - 1) -> None:
     """Raise InvalidInput unless `value` is an integer from 1 to `most`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= most:
         raise InvalidInput(f"{name} is {value!r}; expected an integer from 1 to {most}")
-
-
-def _aligned_rows(rows: int, columns: int) -> Int32:
-    """i32[rows, columns], each row starting at a multiple of 64 bytes (columns is a multiple of 16)."""
-    memory = np.empty(rows * columns + GROUP, np.int32)
-    skip = -memory.ctypes.data % 64 // memory.itemsize
-    return memory[skip : skip + rows * columns].reshape(rows, columns)

@@ -207,7 +207,6 @@ def serve(descriptor: int) -> None:
     try:
         if cores := connection.recv():
             os.sched_setaffinity(0, cores)  # before any library starts threads
-        sys.modules["torch"] = None  # type: ignore[assignment]  # tvm_ffi imports it where it is installed; no engine needs it
         launch: Launch = connection.recv()
         instance = _Instance((launch.load or load_engine)(launch))
         connection.send(None)

@@ -13,11 +13,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tilewright.errors import InvalidArtifact
 from tilewright.files import parse_json
+from tilewright.program import Program
 
 SCHEMA_VERSION = 4
 GROUP = 16  # tokens per group of the compiled module's token axis
@@ -129,8 +130,8 @@ class LevelRecord:
     """The module of one ISA level.
 
     features: what the CPU must have, by LLVM's names (avx2, fma, avx512vnni, amx-int8). library: its file. parameters: the
-    module's parameters in order. layers: how Linears were compiled. tuning: by which records, by name of the kernel; those that
-    are not in it have default decisions.
+    kernels' parameters. layers: how Linears were compiled. tuning: by which records, by name of the kernel; those that
+    are not in it have default decisions. program: the calls of kernels that run the model.
     """
 
     name: str
@@ -139,6 +140,7 @@ class LevelRecord:
     parameters: dict[str, Parameter]
     layers: tuple[LayerRecord, ...] = ()
     tuning: dict[str, tuple[TuningRecord, ...]] = field(default_factory=dict)
+    program: Program = field(default_factory=Program)
 
     def missing(self, available: Collection[str]) -> tuple[str, ...]:
         """The features it needs that `available` lacks."""
@@ -293,7 +295,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is Any:
         return value
     if origin in (Union, UnionType):
-        return None if value is None else _convert(args[0], value, path)
+        return _convert_any(args, value, path)
     if origin is Literal:
         if value not in args:
             raise _mismatch(path, "one of " + ", ".join(args), value)
@@ -312,6 +314,19 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, (int, float) if hint is float else hint) or isinstance(value, bool) != (hint is bool):
         raise _mismatch(path, hint.__name__, value)
     return value
+
+
+def _convert_any(hints: tuple[Any, ...], value: Any, path: str) -> Any:
+    """`value` as the first of `hints` that it is; what is wrong with it as the last of them, if it is none."""
+    if value is None and NoneType in hints:
+        return None
+    *others, last = (hint for hint in hints if hint is not NoneType)
+    for hint in others:
+        try:
+            return _convert(hint, value, path)
+        except InvalidArtifact:
+            continue
+    return _convert(last, value, path)
 
 
 def _mismatch(path: str, expected: str, value: Any) -> InvalidArtifact:

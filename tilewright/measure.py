@@ -26,7 +26,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Calls of one kernel in one run of a batch and their total time; `other` is packing and the virtual machine."""
+    """Calls of one kernel in one run of a batch and their total time; `other` is checks, packing and copies."""
 
     name: str
     calls: int
@@ -34,17 +34,16 @@ class KernelTime:
 
 
 class KernelClock:
-    """Sums time by kernel; `record` is called with each function's symbol and seconds."""
+    """Sums time by kernel; `record` is called with each kernel's name and seconds."""
 
     def __init__(self) -> None:
         self._calls: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
 
-    def record(self, symbol: str, seconds: float) -> None:
-        """Add one call; the virtual machine's own builtins are left out, since recording costs more than they take."""
-        if not symbol.startswith("vm."):
-            self._calls[symbol] = self._calls.get(symbol, 0) + 1
-            self._seconds[symbol] = self._seconds.get(symbol, 0.0) + seconds
+    def record(self, kernel: str, seconds: float) -> None:
+        """Add one call."""
+        self._calls[kernel] = self._calls.get(kernel, 0) + 1
+        self._seconds[kernel] = self._seconds.get(kernel, 0.0) + seconds
 
     def summary(self, runs: int, run_seconds: float) -> tuple[KernelTime, ...]:
         """Means over `runs`, the largest first, then what `run_seconds`, one run without recording, leaves over."""

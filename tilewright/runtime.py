@@ -1,193 +1,131 @@
-"""TVM's runtime without its compiler: loads a compiled module, calls it, and keeps its threads apart.
+"""The C runtime (`runtime/tilewright.h`), by ctypes: opens artifacts and runs them. Nothing here is specific to a model.
 
-TVM's thread settings and thread pools belong to the calling thread, and a pool is never freed or resized. So a
-single-threaded engine runs in its caller's thread with parallelism off, where no pool is made; an engine of more
-threads has one thread of its own that owns the pool, however many threads call it, and such threads are reused. Calls run
-behind a gate, so that a process can fork and its children go on with the engine (`tilewright/forking.py`).
+Calls run behind a gate, so that a process can fork and its children go on with the engine (`tilewright/forking.py`). While the
+library computes, other Python threads run.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import os
-import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-import tvm_ffi
 from numpy.typing import NDArray
 
-from tilewright.errors import InvalidArtifact
+from tilewright.errors import ArtifactTargetMismatch, InvalidArtifact, InvalidInput, TilewrightError
 from tilewright.forking import Gate
 
-T = TypeVar("T")
-_CPU_DEVICE, _POOLED_ALLOCATOR = 1, 2
-_SHARE_ALL_CORES = -3  # AffinityMode::kSpecifyThreadShareAllCore
-_NO_INSTRUMENT_OP = 0
-_POOL_LIMIT = 64 << 20  # bytes
-_SPIN = "TVM_THREAD_POOL_SPIN_COUNT"
-_SPINS = 5000
-"""How often a pool's worker asks for work before it sleeps: 3 ms on Zen 4, longer than a call's serial stretches. TVM's own
-300,000 would have every worker burn 160 ms of system time after each call."""
+LIBRARY = Path(__file__).parent / "lib" / "libtilewright.so"
+ALIGNMENT = 64
+"""Of output arrays, in bytes: a vector."""
+
+_ERRORS: dict[int, type[TilewrightError]] = {1: InvalidInput, 2: InvalidArtifact, 3: ArtifactTargetMismatch}
+"""tilewright_status to what is raised; for others, such as memory that is out, TilewrightError itself."""
+
+_Int64 = NDArray[np.int64]
+_Float32 = NDArray[np.float32]
+_Observer = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64)
+
+
+class Options(ctypes.Structure):
+    """tilewright_options."""
+
+    _fields_ = (
+        ("threads", ctypes.c_int32),
+        ("flags", ctypes.c_uint32),
+        ("level", ctypes.c_char_p),
+        ("cores", ctypes.c_void_p),
+        ("spin_us", ctypes.c_int32),
+    )
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """libtvm_runtime, made visible to the modules loaded after it. `import tvm` would load the 250 MB compiler too."""
-    files = importlib.metadata.files("apache-tvm") or []
-    path = next(file for file in files if file.name == "libtvm_runtime.so")
-    return ctypes.CDLL(str(Path(path.locate()).resolve()), ctypes.RTLD_GLOBAL)
+def library() -> ctypes.CDLL:
+    """The runtime's functions, with the types of their arguments."""
+    try:
+        functions = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise TilewrightError(
+            f"the runtime cannot be loaded ({error}); install tilewright again, from source with pip"
+        ) from None
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    types: dict[str, tuple[Any, Sequence[Any]]] = {
+        "open": (ctypes.c_int, (ctypes.c_char_p, ctypes.POINTER(Options), ctypes.POINTER(pointer))),
+        "open_model": (ctypes.c_int, (pointer, ctypes.POINTER(Options), ctypes.POINTER(pointer))),
+        "run": (ctypes.c_int, (pointer, pointer, pointer, pointer, size, size, pointer)),
+        "run_ragged": (ctypes.c_int, (pointer, pointer, pointer, pointer, size, pointer)),
+        "observe": (None, (pointer, _Observer, pointer)),
+        "close": (None, (pointer,)),
+        "error": (ctypes.c_char_p, ()),
+    }
+    for name, (result, arguments) in types.items():
+        function = getattr(functions, f"tilewright_{name}")
+        function.restype, function.argtypes = result, arguments
+    return functions
 
 
-_spellings: dict[Path, list[tuple[int, int]]] = {}
+def check(status: int) -> None:
+    """Raise what a function of the library says."""
+    if status:
+        raise _ERRORS.get(status, TilewrightError)(library().tilewright_error().decode("utf-8", "replace"))
 
 
-def _distinct(library: Path) -> str:
-    """`library` spelled so that the dynamic linker looks at the file.
+class Runtime:
+    """An open engine of the library. Calls from several threads are safe and run one after the other."""
 
-    It takes a path that it has loaded before for the same library, even where another file has taken that place since, as when
-    an artifact is compiled anew; with another number of `./` it compares the files. Each spelling stands for one file.
-    """
-    status = library.stat()
-    files = _spellings.setdefault(library, [])
-    if (file := (status.st_dev, status.st_ino)) not in files:
-        files.append(file)
-    return f"{library.parent}/{'./' * files.index(file)}{library.name}"
+    def __init__(self, handle: ctypes.c_void_p, kept: object = None) -> None:
+        """Take over the engine `handle`, which needs `kept` to live."""
+        functions = library()
+        self._handle, self._kept = handle, kept
+        self._run = functions.tilewright_run
+        self._gate = Gate()
+        weakref.finalize(self, functions.tilewright_close, handle)
 
+    @classmethod
+    def open(cls, artifact: Path, level: str, threads: int) -> Runtime:
+        """Open the artifact directory at `artifact`, checking every file; raises what `tilewright.load` does."""
+        handle = ctypes.c_void_p()
+        options = Options(threads=threads, level=level.encode())
+        check(library().tilewright_open(bytes(artifact), ctypes.byref(options), ctypes.byref(handle)))
+        return cls(handle)
 
-class Executable:
-    """The `main` function of a compiled module with its parameters bound; not safe for concurrent calls."""
+    def run(self, ids: _Int64, mask: _Int64 | None, types: _Int64 | None, widths: Sequence[tuple[bool, int]]) -> list[_Float32]:
+        """Run contiguous arrays [batch, seq].
 
-    def __init__(self, library: Path, parameters: Sequence[NDArray[Any]]) -> None:
-        """`parameters` are passed on without a copy and must be writable (DLPack) and aligned to 64 bytes."""
-        _library()
-        try:
-            self._machine = tvm_ffi.load_module(_distinct(library))["vm_load_executable"]()
-            self._machine["vm_initialization"](_CPU_DEVICE, 0, _POOLED_ALLOCATOR)
-            self._main = self._machine["main"]
-        except (OSError, RuntimeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise InvalidArtifact(f"{library} cannot be loaded ({reason}); compile the model again") from None
-        self._parameters = tvm_ffi.convert(tuple(tvm_ffi.from_dlpack(array) for array in parameters))
-        self._clear_pool = tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")
-        self._pooled: set[int] = set()
-
-    def __call__(self, *inputs: NDArray[np.int32]) -> list[NDArray[np.float32]]:
-        """Run the module; `inputs` are contiguous and aligned to 64 bytes, the outputs are the caller's to keep."""
-        try:
-            results = self._main(*inputs, self._parameters)
-        except (ValueError, TypeError, RuntimeError, AssertionError, IndexError) as error:
-            # the VM counts the parameters and bounds its memory, kernels check their types
-            raise InvalidArtifact(
-                "the manifest lists other parameters than its module takes; compile the model again"
-            ) from error
-        outputs: list[Any] = [np.from_dlpack(result) for result in results]
-        self._bound_pool(outputs)
+        widths: of each output whether it is per token, and its width. Returns f32[batch, seq, width] and f32[batch, width].
+        """
+        batch, seq = ids.shape
+        outputs = [_empty((batch, seq, width) if per_token else (batch, width)) for per_token, width in widths]
+        pointers = (ctypes.c_void_p * len(outputs))(*(output.ctypes.data for output in outputs))
+        arguments = (None if array is None else array.ctypes.data for array in (ids, mask, types))
+        with self._gate:
+            check(self._run(self._handle, *arguments, batch, seq, pointers))
         return outputs
-
-    def _bound_pool(self, outputs: Sequence[NDArray[Any]]) -> None:
-        """TVM keeps freed memory for requests of the very same size, so outputs of ever new lengths would pile up."""
-        self._pooled.update(output.nbytes for output in outputs)
-        if sum(self._pooled) > _POOL_LIMIT:
-            self._clear_pool()  # frees only what nothing uses
-            self._pooled.clear()
 
     @contextmanager
     def timed(self, record: Callable[[str, float], None]) -> Iterator[None]:
-        """Within the block, `record(symbol, seconds)` is called after each function that the module calls."""
-        started = 0.0
+        """Within the block, which other threads' calls wait for, `record(kernel, seconds)` is called after each kernel."""
 
-        def instrument(function: Any, symbol: str, before: bool, result: Any, *arguments: Any) -> int:
-            nonlocal started
-            if before:
-                started = time.perf_counter()
-            else:
-                record(symbol, time.perf_counter() - started)
-            return _NO_INSTRUMENT_OP
+        def observe(_context: int, kernel: bytes, nanoseconds: int) -> None:
+            record(kernel.decode(), nanoseconds * 1e-9)
 
-        self._machine["set_instrument"](instrument)
-        try:
-            yield
-        finally:
-            self._machine["set_instrument"](None)
-
-
-class Threads(Protocol):
-    """Where an engine's calls run, one at a time."""
-
-    def run(self, job: Callable[[], T]) -> T:
-        """Run `job` and return its result."""
-
-
-class CallerThread:
-    """Runs jobs in the calling thread, with TVM's parallelism off for their duration."""
-
-    def __init__(self) -> None:
-        # no registered function sets this without also making a thread pool
-        library = _library()
-        self._get = library["_ZN3tvm7runtime9threading14MaxConcurrencyEv"]
-        self._set = library["_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"]
-        self._gate = Gate()
-
-    def run(self, job: Callable[[], T]) -> T:
-        """Run `job`; the caller's own setting, which compiling and tuning use, is put back."""
+        functions, observer = library(), _Observer(observe)
         with self._gate:
-            before = self._get()
-            self._set(1)
+            functions.tilewright_observe(self._handle, observer, None)
             try:
-                return job()
+                yield
             finally:
-                self._set(before)
+                functions.tilewright_observe(self._handle, _Observer(), None)
 
 
-class PoolThread:
-    """Runs jobs in a thread that owns a TVM pool of `size` threads; in a forked child, in one of that process."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._gate = Gate()
-        self._process = 0
-        self._executor: ThreadPoolExecutor
-
-    def run(self, job: Callable[[], T]) -> T:
-        """Run `job` after those already waiting."""
-        with self._gate:
-            if self._process != os.getpid():  # the thread of the parent did not survive the fork
-                self._executor = ThreadPoolExecutor(1, "tilewright", initializer=self._make_pool)
-                self._process = os.getpid()
-            return self._executor.submit(job).result()
-
-    def _make_pool(self) -> None:
-        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-        os.environ.setdefault(_SPIN, str(_SPINS))  # read when the process's first worker starts
-        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-        # the first call sizes the pool by its list of cores; the second lets every thread use every core, because TVM
-        # would otherwise pin the pools of all engines and processes to the same first cores
-        configure(_SHARE_ALL_CORES, self.size, (cores * self.size)[: self.size])
-        configure(_SHARE_ALL_CORES, self.size, cores)
-
-
-_idle: dict[int, list[PoolThread]] = {}
-
-
-def acquire_threads(count: int) -> Threads:
-    """Threads for one engine; give them back with `release_threads`."""
-    if count == 1:
-        return CallerThread()
-    _library()
-    try:
-        return _idle[count].pop()
-    except (KeyError, IndexError):
-        return PoolThread(count)
-
-
-def release_threads(threads: Threads) -> None:
-    """Keep a pool for the next engine of its size, since TVM cannot free one."""
-    if isinstance(threads, PoolThread):
-        _idle.setdefault(threads.size, []).append(threads)
+def _empty(shape: tuple[int, ...]) -> _Float32:
+    """An array that begins at a multiple of ALIGNMENT."""
+    size = int(np.prod(shape)) * 4
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % ALIGNMENT
+    return memory[skip : skip + size].view(np.float32).reshape(shape)

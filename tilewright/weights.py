@@ -86,13 +86,10 @@ def _bytes(array: NDArray[Any]) -> memoryview:
 
 
 def map_weights(path: Path) -> dict[str, NDArray[Any]]:
-    """Map the arrays of a file written by `write_weights`, sharing its pages; raises InvalidArtifact.
-
-    The mapping is copy-on-write rather than read-only, because tvm_ffi takes no read-only array; nothing writes to it.
-    """
+    """Map the arrays of a file written by `write_weights`, read-only, sharing its pages; raises InvalidArtifact."""
     try:
         with open_regular(path) as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = 8 + int.from_bytes(memory[:8], "little")
         header = parse_json(memory[8:start].decode("utf-8"))
         return {
