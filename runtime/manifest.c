@@ -34,6 +34,14 @@ bool tw_dtype_named(const char *name, tw_dtype *dtype)
     return false;
 }
 
+const char *tw_dtype_name(tw_dtype dtype)
+{
+    for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; ++i) {
+        if (dtypes[i].dtype.code == dtype.code && dtypes[i].dtype.bits == dtype.bits) return dtypes[i].name;
+    }
+    return "unknown";
+}
+
 bool tw_shape_bytes(const tw_shape *shape, int64_t groups, int64_t sequences, size_t *bytes)
 {
     size_t size = shape->dtype.bits / 8u;

@@ -81,6 +81,9 @@ tilewright_status tw_manifest_read(tw_arena *arena, const char *text, size_t siz
 /* The dtype of NumPy's name `name`, false if there is none. */
 bool tw_dtype_named(const char *name, tw_dtype *dtype);
 
+/* NumPy's name of one of these. */
+const char *tw_dtype_name(tw_dtype dtype);
+
 /* Bytes of an array with `groups` and `sequences` for these extents; false if they overflow. */
 bool tw_shape_bytes(const tw_shape *shape, int64_t groups, int64_t sequences, size_t *bytes);
 

@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,17 +34,22 @@ static bool place(const tw_json *tensor, size_t size, size_t *begin, size_t *end
     return true;
 }
 
+/* Our name of the dtype of a header's entry, NULL if there is none. */
+static const char *dtype_name(const tw_json *tensor)
+{
+    const char *name = tw_json_string(tw_json_get(tensor, "dtype"));
+    for (size_t i = 0; name && i < sizeof dtypes / sizeof *dtypes; ++i) {
+        if (strcmp(dtypes[i].theirs, name) == 0) return dtypes[i].ours;
+    }
+    return NULL;
+}
+
 /* Whether dtype and shape of a header's entry are `shape`. */
 static bool agrees(const tw_json *tensor, const tw_shape *shape)
 {
-    const char *name = tw_json_string(tw_json_get(tensor, "dtype"));
     const tw_json *extents = tw_json_get(tensor, "shape");
     tw_dtype dtype;
-    bool known = false;
-    for (size_t i = 0; name && !known && i < sizeof dtypes / sizeof *dtypes; ++i) {
-        known = strcmp(dtypes[i].theirs, name) == 0 && tw_dtype_named(dtypes[i].ours, &dtype);
-    }
-    if (!known || dtype.code != shape->dtype.code || dtype.bits != shape->dtype.bits) return false;
+    if (!tw_dtype_named(dtype_name(tensor), &dtype) || dtype.code != shape->dtype.code || dtype.bits != shape->dtype.bits) return false;
     if (!extents || extents->type != TW_JSON_ARRAY || extents->length != (size_t)shape->ndim) return false;
     const int64_t *expected = shape->shape;
     for (const tw_json *each = extents->first; each; each = each->next) {
@@ -50,6 +57,39 @@ static bool agrees(const tw_json *tensor, const tw_shape *shape)
         if (!tw_json_integer(each, &extent) || extent != *expected++) return false;
     }
     return true;
+}
+
+enum { DESCRIPTION = 128 };
+
+/* Add a piece of text to the `used` characters of a description; what does not fit is left out. */
+__attribute__((format(printf, 3, 4))) static void add(char *to, size_t *used, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(to + *used, DESCRIPTION - *used, format, arguments);
+    va_end(arguments);
+    if (length > 0) *used = *used + (size_t)length < DESCRIPTION ? *used + (size_t)length : DESCRIPTION - 1;
+}
+
+static tilewright_status other_kind(const tw_parameter *parameter, const char *level, const tw_json *tensor)
+{
+    char found[DESCRIPTION], expected[DESCRIPTION];
+    const tw_json *extents = tw_json_get(tensor, "shape");
+    const char *name = dtype_name(tensor);
+    size_t used = 0;
+    add(found, &used, "%s[", name ? name : "of an unknown dtype, ");
+    for (const tw_json *each = extents ? extents->first : NULL; each; each = each->next) {
+        add(found, &used, "%s%s", each->text ? each->text : "?", each->next ? ", " : "");
+    }
+    add(found, &used, "]");
+    used = 0;
+    add(expected, &used, "%s[", tw_dtype_name(parameter->shape.dtype));
+    for (int32_t i = 0; i < parameter->shape.ndim; ++i) {
+        add(expected, &used, "%s%lld", i ? ", " : "", (long long)parameter->shape.shape[i]);
+    }
+    add(expected, &used, "]");
+    return tw_fail(TILEWRIGHT_INVALID_ARTIFACT, TW_WEIGHTS ": %s is %s, but %s of %s is %s; compile the model again",
+                   parameter->tensor, found, parameter->name, level, expected);
 }
 
 static int64_t address(const void *data, tw_dtype dtype, size_t index)
@@ -111,11 +151,7 @@ static tilewright_status bind(const tw_parameter *parameter, const char *level, 
     if (!entry) {
         return tw_fail(TILEWRIGHT_INVALID_ARTIFACT, TW_WEIGHTS " lacks the tensor %s; compile the model again", parameter->tensor);
     }
-    if (!agrees(entry, &parameter->shape)) {
-        return tw_fail(TILEWRIGHT_INVALID_ARTIFACT,
-                       TW_WEIGHTS ": %s is of another dtype or shape than %s of %s in " TW_MANIFEST "; compile the model again",
-                       parameter->tensor, parameter->name, level);
-    }
+    if (!agrees(entry, &parameter->shape)) return other_kind(parameter, level, entry);
     if (!place(entry, size, &begin, &end)) return foreign("a tensor outside of the file");
     if (!tw_shape_bytes(&parameter->shape, 0, 0, &bytes) || bytes != end - begin) return foreign("a shape that does not fill its bytes");
     if ((uintptr_t)(data + begin) % ALIGNMENT) return foreign("a tensor that is not aligned");

@@ -246,7 +246,8 @@ def test_levels_give_the_same_results(artifact: Path) -> None:
 def test_only_the_chosen_library_is_mapped(artifact: Path) -> None:
     code = """
 import sys, tilewright
-tilewright.load(sys.argv[1], num_threads=1, isa=sys.argv[2])([[1]])
+engine = tilewright.load(sys.argv[1], num_threads=1, isa=sys.argv[2])
+engine([[1]])
 print(open("/proc/self/maps").read())
 """
     maps = subprocess.run([sys.executable, "-c", code, artifact, RUNNING[0]], capture_output=True, text=True, check=True)
