@@ -19,7 +19,7 @@ import tilewright
 from tests import tiny, toy
 from tests.native import HERE, SANITIZERS, compile_c, runtime_sources
 from tests.test_artifact import edit_manifest
-from tests.test_end_to_end import prune
+from tests.test_end_to_end import SPARSITY, prune
 from tilewright.frontend import load
 from tilewright.manifest import Manifest, checksum
 from tilewright.pipeline import quantize
@@ -80,7 +80,7 @@ def test_c_gives_what_python_gives(program: Build, toy_artifact: Path, threads: 
 
 
 def test_c_gives_what_python_gives_of_an_encoder(program: Build, tmp_path: Path) -> None:
-    source = prune(load(tiny.save(tiny.build("BertForTokenClassification"), tmp_path / "float")), "mixed")
+    source = prune(load(tiny.save(tiny.build("BertForTokenClassification"), tmp_path / "float")), SPARSITY["mixed"])
     quantize(source, tiny.texts(20), tmp_path / "int8")
     check_same(program, tilewright.compile(tmp_path / "int8", "avx2", tmp_path / "x.tw").path, "avx2", 2)
 

@@ -32,20 +32,22 @@ def parameters(shift: int = len(SHIFT), width: int = WIDTH) -> dict[str, Paramet
     }
 
 
-PROGRAM = Program(
-    values=(
-        Value(0, "float32", ("groups", 16, WIDTH)),
-        Value(1, "float32", ("groups", 16, 1)),
-        Value(2, "float32", ("sequences", WIDTH)),
-    ),
-    calls=(
-        KernelCall("hidden", ("input_ids", "position_ids", "token_type_ids", "table", 0)),
-        KernelCall("score", (0, 1)),
-        KernelCall("total", (0, "offsets", "shift", 2)),
-    ),
-    outputs=(0, 1, 2),
-)
-"""What `build_library` must find the module's main function to be."""
+def program(width: int = WIDTH) -> Program:
+    """What the main function of `build_library` is: three kernels, none of whose results share memory."""
+    return Program(
+        values=(
+            Value(0, "float32", ("groups", 16, width)),
+            Value(1, "float32", ("groups", 16, 1)),
+            Value(2, "float32", ("sequences", width)),
+        ),
+        calls=(
+            KernelCall("hidden", ("input_ids", "position_ids", "token_type_ids", "table", 0)),
+            KernelCall("score", (0, 1)),
+            KernelCall("total", (0, "offsets", "shift", 2)),
+        ),
+        outputs=(0, 1, 2),
+    )
+
 
 MANIFEST = Manifest(
     levels=(
@@ -55,7 +57,7 @@ MANIFEST = Manifest(
             "model.portable.so",
             parameters(),
             (LayerRecord("toy", (WIDTH, WIDTH), (4, 1), 0.2, "gather", "default"),),
-            program=PROGRAM,
+            program=program(),
         ),
     ),
     inputs=("input_ids", "attention_mask", "token_type_ids"),
@@ -159,15 +161,16 @@ def build_library(path: Path, shift: int = len(SHIFT), positions: int = 1, width
             return (h, score, total)
     # fmt: on
 
-    program = build(Toy, tvm.target.Target({"kind": "llvm", "mcpu": "x86-64"}), path, tuple(parameters()))
-    assert program == PROGRAM
+    built = build(Toy, tvm.target.Target({"kind": "llvm", "mcpu": "x86-64"}), path, tuple(parameters()))
+    assert built == program(width)
     return path
 
 
 def served(head: Head, *outputs: Output, labels: tuple[str, ...] = ()) -> Manifest:
     """The toy as a model with a head; `outputs` name hidden, score and total, the first as wide as the table of its library."""
     (level,) = MANIFEST.levels
-    levels = (replace(level, parameters=parameters(width=outputs[0].width)),)
+    width = outputs[0].width
+    levels = (replace(level, parameters=parameters(width=width), program=program(width)),)
     return replace(MANIFEST, levels=levels, outputs=outputs, head=head, labels=labels)
 
 
