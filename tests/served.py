@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def metric(served: TestClient, name: str) -> float:
 class Running:
     """A server process and where it listens."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     url: str
 
 
@@ -99,20 +100,22 @@ class Running:
 def process(*arguments: str | Path) -> Iterator[Running]:
     """`tilewright serve` on a free port, ready."""
     command = [sys.executable, "-m", "tilewright", "serve", "--port", "0", *map(str, arguments)]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
-    seen: list[str] = []
-    try:
-        for line in running.stderr:
-            seen.append(line)
-            if match := re.search(r"listening on (\S+)", line):
-                yield Running(running, match[1])
-                return
-        raise AssertionError("".join(seen))
-    finally:
-        running.kill()
-        running.wait()
-        running.stderr.close()
+    with tempfile.TemporaryFile("w+") as log:  # not a pipe, which would stop the server when it is full
+        running = subprocess.Popen(command, stderr=log)
+
+        def said() -> str:
+            log.seek(0)
+            return log.read()
+
+        try:
+            until(lambda: re.search(r"listening on \S+\n", said()) or running.poll() is not None)
+            match = re.search(r"listening on (\S+)\n", said())
+            assert match, said()
+            yield Running(running, match[1])
+        finally:
+            running.kill()
+            running.wait()
+            print(said(), file=sys.stderr)
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -161,6 +161,10 @@ def test_a_body_that_does_not_end(model: Path) -> None:
         with httpx2.Client(base_url=running.url) as client:
             long = client.post("/embed", json={"inputs": "a" * 200})
             assert (long.status_code, long.json()["error"]) == (413, "the body is longer than 100 bytes")
+            with socket.create_connection((host, int(port))) as leaving:
+                leaving.sendall(head)
+            served.until(lambda: 'endpoint="/embed",status="499"' in client.get("/metrics").text)
+            assert 'status="500"' not in client.get("/metrics").text
 
 
 def test_sigterm_finishes_what_was_accepted(model: Path, threads: ThreadPoolExecutor) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,18 +15,13 @@ from tilewright.cpu import available_cores
 from tilewright.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from tilewright.serving.settings import Service, Settings
+    from tilewright.serving.settings import Service
 
 _THREAD_TOKENS = 512
 """Tokens of a call for each thread unless told otherwise: two runs of an engine. A larger batch gains no throughput, and what
 arrives meanwhile waits for its end."""
 
 _PERCENTILE, _MAX_BATCH = 99.0, 8  # of the search, as `tilewright benchmark` has them
-
-_BACKLOG = 2048  # connections that wait to be accepted
-_GRACE = 5.0  # seconds, beyond the timeout of requests, until open requests are given up
 
 
 def serve(
@@ -61,8 +54,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve artifacts over HTTP: the APIs of OpenAI (/v1/embeddings, /v1/rerank) and TEI (/embed, /rerank, /predict)."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are for the instances
-    from tilewright.serving.app import create_app
+    from tilewright.serving import process
     from tilewright.serving.settings import Settings
 
     if api_key == "":
@@ -71,7 +63,7 @@ def serve(
         raise InvalidInput("--latency-bound chooses these itself; drop --instances, --threads and --batch-tokens")
     settings = Settings(max_requests, max_bytes, max_inputs, max_tokens, timeout, api_key)
     named = _names(artifacts)
-    listening = _listen(host, port)
+    listening = process.bind(host, port)
     if latency_bound is None:
         services = _divide(named, isa, instances, threads, batch_tokens)
     else:
@@ -81,39 +73,8 @@ def serve(
         stderr().print(f"{service.name}: {size}, up to {service.batch_tokens} tokens a call", markup=False)
     if api_key is None and not listening.getsockname()[0].startswith(("127.", "::1")):
         stderr().print(f"note: anyone who reaches {host} can use this server; --api-key asks for a key", markup=False)
-    asyncio.run(_serve(create_app(services, settings), settings, listening))
-
-
-async def _serve(app: FastAPI, settings: Settings, listening: socket.socket) -> None:
-    import uvicorn
-
-    # uvicorn raises the signal that stopped it once more when it is done; the default action would leave a bad exit status
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        lifespan="off",  # uvicorn would print a traceback where loading fails
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.timeout + _GRACE),
-    )
-    async with app.router.lifespan_context(app):
-        listening.listen(_BACKLOG)
-        address, port = listening.getsockname()[:2]
-        stderr().print(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}", markup=False)
-        await uvicorn.Server(config).serve(sockets=[listening])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port`, so that a port in use is known before models are loaded."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidInput(f"cannot listen on {host}, port {port} ({reason}); choose another --host or --port") from None
-    return made
+    console = stderr()
+    asyncio.run(process.serve(services, settings, listening, lambda url: console.print(f"listening on {url}", markup=False)))
 
 
 def _names(artifacts: list[str]) -> dict[str, Path]:

@@ -8,9 +8,12 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ValidationError, WithJsonSchema
+from starlette.requests import ClientDisconnect
 
 from tilewright.serving.errors import INVALID, TOO_LARGE, RequestError, explain
 from tilewright.serving.settings import Settings
+
+_CLIENT_LEFT = 499  # as nginx counts what nobody waits for
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -44,10 +47,13 @@ def documents(kind: type[BaseModel]) -> dict[str, Any]:
 
 async def _read(request: Request, most: int) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise RequestError(TOO_LARGE, f"the body is longer than {most} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                raise RequestError(TOO_LARGE, f"the body is longer than {most} bytes")
+    except ClientDisconnect:
+        raise RequestError(_CLIENT_LEFT, "the client left before the end of its body") from None
     return bytes(body)
 
 
