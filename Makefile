@@ -10,13 +10,16 @@ INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 MAKE_VENV = $(PYTHON) -m venv $(1) 2>/dev/null || \
 	{ $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install --quiet pip; }
 
+# the C runtime in the tree, which an editable install runs
+LIBRARY := tilewright/lib/libtilewright.so
+
 .PHONY: quickstart test lint wheel smoke peers clean
 
 quickstart: $(VENV)/installed-quickstart
 	$(BIN)/python -m benchmarks.quickstart
 
 # pytest comes last, so that its summary closes the output
-test: lint smoke
+test: lint smoke $(LIBRARY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # import-linter follows no links, so it reads the package as the wheel lays it out
@@ -30,6 +33,9 @@ wheel: $(VENV)/installed-test
 	rm -rf build
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >/dev/null
 	$(BIN)/python -m zipfile -e build/wheel/*.whl build/unpacked
+
+$(LIBRARY): setup.py $(wildcard runtime/*.[ch]) $(VENV)/installed-test
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # the wheel in an environment that holds nothing else, with neither gcc nor the repository in reach
 smoke: wheel

@@ -194,7 +194,7 @@ def test_threads_that_come_and_go_leave_none_behind(toy_artifact: Path) -> None:
         thread.join()
     del double
     gc.collect()
-    double = tilewright.load(toy_artifact, num_threads=2)  # takes over the pool of the one that is gone
+    double = tilewright.load(toy_artifact, num_threads=2)
     call()
     assert threads() <= before
 
@@ -236,9 +236,28 @@ import sys, tilewright
 assert not {"tvm", "tvm_ffi", "torch", "numpy"} & sys.modules.keys()
 engine = tilewright.load(sys.argv[1])
 engine(**engine.tokenize(["a b"]))
-assert not {"tvm", "transformers", "tilewright.codegen"} & sys.modules.keys()
-assert "libtvm_compiler" not in open("/proc/self/maps").read()
+assert not {"tvm", "tvm_ffi", "torch", "pydantic", "transformers", "tilewright.codegen"} & sys.modules.keys()
+assert "libtvm" not in open("/proc/self/maps").read()
 import tvm
 engine(**engine.tokenize(["a b"]))  # the compiler can come later
 """
     run_python(code, str(toy_artifact))
+
+
+def test_memory_does_not_grow_with_calls_or_engines(toy_artifact: Path) -> None:
+    code = """
+import gc, resource, sys, numpy as np, tilewright
+def pages():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1])
+def work(count):
+    for _ in range(count // 100):
+        engine = tilewright.load(sys.argv[1], num_threads=2)
+        for call in range(100):
+            engine(np.ones((1 + call % 7, 1 + call % 32), int))
+work(300)
+before = pages()
+work(3000)
+print((pages() - before) * resource.getpagesize())
+"""
+    assert int(run_python(code, str(toy_artifact))) < 1 << 20

@@ -9,7 +9,7 @@ import numpy as np
 
 import tilewright
 
-for absent in ("torch", "transformers", "onnx", "onnxruntime"):
+for absent in ("tvm", "tvm_ffi", "safetensors", "torch", "transformers", "onnx", "onnxruntime"):
     assert importlib.util.find_spec(absent) is None, f"{absent} is installed"
 assert tilewright.__file__.startswith(sys.prefix), tilewright.__file__
 for package in ("codegen", "frontend", "pipeline", "schedules", "tuning_logs"):
@@ -20,9 +20,28 @@ for threads in (1, 2):
     outputs = engine(input_ids=[[3, 4, 0], [5, 6, 7]], attention_mask=[[1, 1, 0], [1, 1, 1]])
     np.testing.assert_array_equal(outputs["score"], [[24, 33, 0], [40, 49, 58]])
     assert engine(**engine.tokenize(["a b c"]))["score"].shape == (1, 3)
-assert "tvm" not in sys.modules
+
+
+def tilewright_says(status: int, *arguments: str) -> str:
+    """What the command prints; it must end with `status`."""
+    command = [os.path.join(sys.prefix, "bin", "tilewright"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, (arguments, done.returncode, done.stderr)
+    return done.stdout + done.stderr
+
 
 for option in ("--version", "--help"):
-    command = [os.path.join(sys.prefix, "bin", "tilewright"), option]
-    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[0])
-print("wheel: loads and runs an artifact")
+    print(tilewright_says(0, option).strip().splitlines()[0])
+assert "portable" in tilewright_says(0, "inspect", sys.argv[1])
+assert "score" in tilewright_says(0, "run", sys.argv[1], "--text", "a b c")
+assert "p50" in tilewright_says(0, "benchmark", sys.argv[1], "--duration", "0", "--seq-len", "8", "--json")
+for command in (("compile", "model"), ("check-hardware",)):
+    said = tilewright_says(3, *command)
+    assert said.count("\n") == 1 and "pip install 'tilewright[compile]'" in said, said
+try:
+    tilewright.compile("model")
+except ModuleNotFoundError as error:
+    assert "pip install 'tilewright[compile]'" in str(error)
+else:
+    raise AssertionError("compiled without a compiler")
+print("wheel: loads and runs an artifact, and says what compiling needs")

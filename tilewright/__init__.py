@@ -20,9 +20,16 @@ _HOMES = {
     "compile": "tilewright.compiler",
     "load": "tilewright.engine",
 }
+_OF_COMPILING = ("pydantic", "safetensors", "tvm", "tvm_ffi")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_COMPILING:
+            raise
+        text = f"tilewright.{name} needs the package {error.name}; pip install 'tilewright[compile]'"
+        raise ModuleNotFoundError(text, name=error.name) from None

@@ -33,6 +33,7 @@ from tilewright.errors import TilewrightError
 
 _EXTRAS = (
     {"onnxruntime": "bench"}
+    | dict.fromkeys(("pydantic", "safetensors", "tvm", "tvm_ffi"), "compile")
     | dict.fromkeys(("accelerate", "matplotlib", "onnx", "torch", "torchmetrics", "transformers", "yaml"), "pipeline")
     | dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve")
 )

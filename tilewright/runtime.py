@@ -47,6 +47,8 @@ class Options(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     """The runtime's functions, with the types of their arguments."""
+    if not LIBRARY.exists():
+        raise TilewrightError(f"{LIBRARY} is missing; install tilewright again, or run: python setup.py build_ext --inplace")
     try:
         functions = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
