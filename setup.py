@@ -28,6 +28,11 @@ class BuildRuntime(build_ext):
         compiler = [sys.executable, "-m", "ziglang", "cc", f"--target={TARGET}"]
         subprocess.run([*compiler, *FLAGS, *WARNINGS, "-o", str(output), *ext.sources, "-ldl"], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs, whose folder git does not keep."""
+        Path("tilewright/lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
     def get_ext_filename(self, fullname: str) -> str:
         """That of a library, which is no module of some version of Python."""
         return str(Path(*fullname.split("."))) + ".so"
