@@ -66,6 +66,7 @@ class LinearDecisions:
     rows: tokens of one register tile of a row kernel; divides 16.
     chunks: into how many the row-blocks are divided; a chunk's weights stay in the L2 cache while all token groups pass. A
     sparse matrix's chunks are of equal work rather than of equal size, so their number divides PARTS.
+    prefetch: how many bytes of weights ahead of their use they are fetched, 0 if it is left to the CPU (`codegen/prefetch.py`).
     """
 
     storage: Storage
@@ -79,6 +80,7 @@ class LinearDecisions:
     partial_sums: int = 1
     rows: int = 4
     chunks: int = 1
+    prefetch: int = 0
 
     @property
     def family(self) -> Family:
@@ -100,6 +102,14 @@ class LinearDecisions:
         """The format in which the kernel reads its activations."""
         layout = FAMILY_LAYOUT[self.family]
         return Format(layout, self.operands.activation, self.operands.pack if layout == "packed" else 1, self.together)
+
+
+@dataclass(frozen=True)
+class TokenBucket:
+    """Decisions for calls of at most `groups` token groups."""
+
+    groups: int
+    decisions: LinearDecisions
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tvm.ir.instrument import pass_instrument
 from tvm.tirx import register_tir_pipeline
 
 from tilewright.codegen.lowering import small_buffers_on_stack
+from tilewright.codegen.prefetch import fetch_ahead
 from tilewright.codegen.stealing import steal_tasks
 from tilewright.codegen.tiles import configure_tiles
 from tilewright.codegen.trim import trim
@@ -34,6 +35,7 @@ def _each_kernel(rewrite: Callable[[tirx.PrimFunc], tirx.PrimFunc]) -> Any:
 
 KERNELS: tuple[Any, ...] = (
     _each_kernel(trim),  # loops get their run-time extents
+    _each_kernel(fetch_ahead),  # weights are prefetched
     _each_kernel(configure_tiles),  # tasks that multiply AMX tiles configure them
     _each_kernel(steal_tasks),  # threads share the tasks of parallel loops by what they get done
 )

@@ -33,7 +33,7 @@ def trim(func: tirx.PrimFunc) -> tirx.PrimFunc:
     body = func.body
     if "indptr" in params:
         body = _map_loops(body, CHUNK_AXIS, lambda loop, chunks: _equal_work(loop, int(chunks), params["parts"]))
-        body = _map_loops(body, SPARSE_AXIS, lambda loop, rows: _entries(loop, int(rows), params["indptr"]))
+        body = _map_loops(body, SPARSE_AXIS, lambda loop, _: _entries(loop, params["indptr"]))
     body = tvm_ffi.structural_map(_without_aliases(body), [(tirx.For, _skip_if_empty)])
     return func.with_body(body)
 
@@ -48,12 +48,16 @@ def _map_loops(body: Any, annotation: str, rewrite: Callable[[Any, Any], Any]) -
     return tvm_ffi.structural_map(body, [(tirx.For, visit)])
 
 
-def _entries(loop: Any, rows: int, indptr: Any) -> Any:
-    row_block = _binding(loop.body, ROW_BLOCK)
-    if rows > 1:
-        row_block = row_block * rows + _binding(loop.body, OUTPUT)
-    extent = tirx.BufferLoad(indptr, [row_block + 1]) - tirx.BufferLoad(indptr, [row_block])
-    return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body)
+def row_block(loop: Any) -> Any:
+    """The row-block whose entries `loop` runs over, a loop annotated as SPARSE_AXIS."""
+    number, rows = _binding(loop.body, ROW_BLOCK), int(dict(loop.annotations)[SPARSE_AXIS])
+    return number if rows == 1 else number * rows + _binding(loop.body, OUTPUT)
+
+
+def _entries(loop: Any, indptr: Any) -> Any:
+    number = row_block(loop)
+    extent = tirx.BufferLoad(indptr, [number + 1]) - tirx.BufferLoad(indptr, [number])
+    return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body, annotations=loop.annotations)
 
 
 def _equal_work(loop: Any, chunks: int, parts: Any) -> Any:

@@ -11,6 +11,9 @@ from tilewright.schedules.isa import Isa
 CHUNK_WEIGHTS = 128 << 10
 """Stored weights that a chunk holds at most, so that they stay in the L2 cache beside the activations."""
 
+PREFETCH = 1024
+"""Bytes of weights that are fetched ahead: what a kernel of 16 tokens reads until a line of the last cache is there."""
+
 
 def decide_linear(storage: Storage, n: int, k: int, density: int, isa: Isa, depth: int = 1) -> LinearDecisions:
     """Decisions for a matrix of `n` outputs and `k` inputs, `density` percent of whose blocks are non-zero.
@@ -34,6 +37,7 @@ def decide_linear(storage: Storage, n: int, k: int, density: int, isa: Isa, dept
         partial_sums=_partial_sums(storage, rows, isa),
         rows=_rows(rows, isa),
         chunks=_chunks(blocks, n * k * density // 100, storage.block is not None),
+        prefetch=_prefetch(storage, rows),
     )
 
 
@@ -86,6 +90,16 @@ def _partial_sums(storage: Storage, rows: int, isa: Isa) -> int:
     for them. After `pmaddwd` it waits for an addition of one cycle only.
     """
     return 2 if storage.family == "column" and rows == 1 and isa.operands.pack == 4 else 1
+
+
+def _prefetch(storage: Storage, rows: int) -> int:
+    """Of sparse matrices, whose lines CPUs do not foresee. Single outputs' entries are too small to be worth two instructions.
+
+    A row kernel needs a line for so many products only that twice as many are on their way.
+    """
+    if storage.block is None or rows == 1 or storage.family not in ("row", "column", "gather"):
+        return 0
+    return 2 * PREFETCH if storage.family == "row" else PREFETCH
 
 
 def _rows(row_block: int, isa: Isa) -> int:

@@ -11,6 +11,7 @@ from tilewright.codegen.decisions import Family, LinearDecisions
 from tilewright.codegen.formats import Operands
 from tilewright.codegen.kernels.nest import block_name
 from tilewright.codegen.kernels.tiles import tile_quads
+from tilewright.codegen.prefetch import FETCH_AHEAD
 from tilewright.codegen.tiles import TILE_TASKS
 from tilewright.codegen.trim import CHUNK_AXIS, SPARSE_AXIS
 from tilewright.codegen.workload import PARTS, KernelSpec
@@ -63,6 +64,13 @@ def fuse_scatter(sch: Schedule, tile: int, loop: Any) -> None:
         sch.reverse_compute_at(sch.get_sblock(scatter), loop)
 
 
+def _over_entries(sch: Schedule, loop: Any, made: LinearDecisions) -> None:
+    """Mark the loop over a row-block's entries for the passes that follow."""
+    sch.annotate(loop, SPARSE_AXIS, made.rows_at_once)
+    if made.prefetch:
+        sch.annotate(loop, FETCH_AHEAD, made.prefetch)
+
+
 def _schedule_tokens(sch: Schedule, spec: KernelSpec, tile: int) -> None:
     """A nest of the families whose lanes are tokens: column, and gather, which interleaves the rows of an entry first.
 
@@ -92,7 +100,7 @@ def _schedule_tokens(sch: Schedule, spec: KernelSpec, tile: int) -> None:
     fuse_scatter(sch, tile, inner)
     if made.family == "gather":
         sch.compute_at(sch.get_sblock(block_name("gather", tile)), e)
-    sch.annotate(e, SPARSE_AXIS, rows)
+    _over_entries(sch, e, made)
     init = sch.decompose_reduction(product, e)
     held = made.operands
     sch.tensorize(t, intrinsic(spec.isa, "tokens", held.activation, held.weight, held.pack, max(made.depth, 1)).name)
@@ -136,7 +144,7 @@ def _schedule_row(sch: Schedule, spec: KernelSpec, _: int) -> None:
     outer_loops(sch, g, nb, made.chunks)
     sch.reverse_compute_at(epilogue, outer)
     fuse_scatter(sch, 1, outer)
-    sch.annotate(e, SPARSE_AXIS, 1)
+    _over_entries(sch, e, made)
     init = sch.decompose_reduction(product, e)
     sch.tensorize(lane, dot.name)
     for loop in (rows, vectors, kp):

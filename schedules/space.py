@@ -16,7 +16,7 @@ from tilewright.codegen.decisions import AttentionDecisions, Block, Family, Line
 from tilewright.codegen.formats import GROUP, PAIRS, QUADS, Operands
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.blocks import COLUMNS, DENSE, dense, legal, product, sums_in_16_bits
-from tilewright.schedules.decide import decide_attention, decide_linear
+from tilewright.schedules.decide import PREFETCH, decide_attention, decide_linear
 from tilewright.schedules.intrinsics import find_intrinsic
 from tilewright.schedules.isa import ISAS, Isa
 from tilewright.schedules.linear import divides
@@ -161,13 +161,19 @@ def _partial_sums(made: LinearDecisions, workload: Workload) -> Iterable[int]:
     return (1, 2, 4) if made.row_block == 1 else (1,)
 
 
+def _prefetch(made: LinearDecisions, workload: Workload) -> Iterable[int]:
+    """CPUs foresee a dense matrix's lines better than it pays to ask. What pays tell only weights that are in no cache."""
+    return (0, PREFETCH, 2 * PREFETCH) if made.block is not None else (0,)
+
+
 LINEAR: dict[Family, dict[str, Legal]] = {
-    "row": {"row_block": _row_block, "rows": _rows, "chunks": _chunks},
+    "row": {"row_block": _row_block, "rows": _rows, "chunks": _chunks, "prefetch": _prefetch},
     "column": {
         "partial_sums": _partial_sums,
         "token_tiles": _column_tiles,
         "rows_at_once": _rows_at_once,
         "chunks": _chunks,
+        "prefetch": _prefetch,
     },
     "gather": {
         "operands": _operands,
@@ -176,6 +182,7 @@ LINEAR: dict[Family, dict[str, Legal]] = {
         "halves": _halves,
         "token_tiles": _gather_tiles,
         "chunks": _chunks,
+        "prefetch": _prefetch,
     },
     "tile_row": {"row_block": _row_block, "chunks": _chunks},
     "tile_column": {"chunks": _chunks},

@@ -98,6 +98,17 @@ def test_accumulators_stay_in_registers(isa: str, family, block) -> None:
         assert not [line for line in body if re.match(r"v?mov\w+\s+%[xyz]mm\d+, .*\(", line)]  # nor a store elsewhere
 
 
+@pytest.mark.parametrize(("family", "block"), FAMILIES)
+def test_weights_are_fetched_ahead_where_it_is_decided(family, block) -> None:
+    """One prefetch for each line of an entry's weights, and one for its indices, in each copy of a loop that LLVM unrolls."""
+    for bytes_ahead in (0, 2048):
+        made = linear_kernel("avx512vnni", family, block, 192, 768, Raw(), prefetch=bytes_ahead)
+        counts = {sum("prefetch" in line for line in body) for body in innermost_loops(made.assembly, "vpdpbusd")}
+        entry = 4 * made.spec.linear.row_block  # bytes of an entry: four inputs
+        each = -(-entry // 64) + (block is not None)
+        assert counts <= {each, 2 * each} if bytes_ahead else counts == {0}
+
+
 @pytest.mark.parametrize("isa", ["avxvnni", "avx512vnni"])
 def test_single_outputs_have_two_sums(isa: str) -> None:
     """A chain of vpdpbusd waits for each; two accumulators for every vector of a tile halve that."""
@@ -121,9 +132,10 @@ def test_portable_has_no_avx(family, block) -> None:
     assert not re.search(r"^\s+(\{vex\}\s+)?v[a-z0-9]+\s.*%xmm|%[yz]mm\d", assembly, re.MULTILINE)
 
 
-DECISIONS = {"rows": (1, 8, 16), "chunks": (1, 2), "token_tiles": ((1,), (4, 2, 1))}
+DECISIONS = {"rows": (1, 8, 16), "chunks": (1, 2), "token_tiles": ((1,), (4, 2, 1)), "prefetch": (0, 1, 1 << 20)}
+SPARSE = ("row", "column", "gather")
 """Values of each field that a tuner may choose, for the families that it means something to."""
-MEANT = {"rows": ("row",), "chunks": ("row", "column", "gather"), "token_tiles": ("column",)}
+MEANT = {"rows": ("row",), "chunks": SPARSE, "token_tiles": ("column",), "prefetch": SPARSE}
 
 
 @pytest.mark.parametrize(("isa", "family", "block"), [level(isa, *case) for isa in ISAS for case in FAMILIES])
