@@ -104,7 +104,7 @@ def _layer(model: EncoderModel, plan: Plan, index: int) -> tuple[LayerKernel, ..
     def one(slot: str, parts: tuple[Linear, ...], epilogue: Epilogue) -> LayerKernel:
         chosen: LinearPlan = getattr(decided, slot)
         n, k = sum(len(part.weight) for part in parts), parts[0].weight.shape[1]
-        spec = KernelSpec("linear", n, k, plan.isa, epilogue.label, chosen.decisions, epilogue.residual)
+        spec = KernelSpec("linear", n, k, plan.isa, epilogue.label, chosen.decisions, epilogue.residual, chosen.buckets)
         return LayerKernel(index, slot, parts, spec, epilogue, linear_workload(spec, chosen))
 
     attn, spec = layer.attention, attention_spec(model, plan.isa, decided)

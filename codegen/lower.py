@@ -232,7 +232,7 @@ class _Lowering:
         n, k = weight.shape
         made = plan.decisions
         packed = pack_linear(made, weight)
-        spec = KernelSpec("linear", n, k, self.plan.isa, epilogue.label, made, epilogue.residual)
+        spec = KernelSpec("linear", n, k, self.plan.isa, epilogue.label, made, epilogue.residual, plan.buckets)
         arrays = {
             **packed.arguments(),
             "fold": (-quantization.zero_point * weight.astype(np.int64).sum(axis=1)).astype(np.int32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.codegen.decisions import AttentionDecisions, Block, LinearDecisions
+from tilewright.codegen.decisions import AttentionDecisions, Block, LinearDecisions, TokenBucket
 from tilewright.codegen.formats import Format, Layout
 
 
@@ -13,13 +13,14 @@ class LinearPlan:
     """How one linear kernel is built, and what that was decided on.
 
     found: the block found in the matrix, None if dense; density: percent of its non-zero blocks (`density_bucket`).
-    reason: why a block that was found is not used as it is; empty when it is.
+    reason: why a block that was found is not used as it is; empty when it is. buckets: as in `KernelSpec`.
     """
 
     decisions: LinearDecisions
     found: Block | None = None
     density: int = 100
     reason: str = ""
+    buckets: tuple[TokenBucket, ...] = ()
 
     @property
     def input(self) -> Format:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields, replace
 
-from tilewright.codegen.decisions import AttentionDecisions, Block, LinearDecisions
+from tilewright.codegen.decisions import AttentionDecisions, Block, LinearDecisions, TokenBucket
 from tilewright.codegen.formats import GROUP, Layout
 
 PARTS = 64
@@ -70,7 +70,8 @@ class KernelSpec:
     Layers whose specs are equal share one compiled kernel.
     op: a key of `RULES` in `schedules/apply.py`. n, k: outputs and inputs (heads and head size for attention, words and
     channels for embedding). epilogue: label of what follows the product, with the formats it writes. residual: layout of the
-    float32 stream, where the kernel has a LayerNorm. decisions: what was chosen, for ops that have choices.
+    float32 stream, where the kernel has a LayerNorm. decisions: what was chosen, for ops that have choices. buckets: what was
+    chosen otherwise for calls of few tokens, fewest first, of a linear kernel; `decisions` is for all others.
     """
 
     op: str
@@ -80,6 +81,11 @@ class KernelSpec:
     epilogue: str = ""
     decisions: LinearDecisions | AttentionDecisions | None = None
     residual: Layout | None = None
+    buckets: tuple[TokenBucket, ...] = ()
+
+    def of(self, bucket: TokenBucket) -> KernelSpec:
+        """The kernel for the tokens of a bucket alone."""
+        return replace(self, decisions=bucket.decisions, buckets=())
 
     @property
     def linear(self) -> LinearDecisions:
@@ -93,11 +99,15 @@ class KernelSpec:
         assert isinstance(self.decisions, AttentionDecisions)
         return self.decisions
 
+    @property
+    def schedule(self) -> str:
+        """All that was decided, for keys, manifests and people."""
+        few = (f"up to {bucket.groups * GROUP} tokens: {describe(bucket.decisions)}; else: " for bucket in self.buckets)
+        return "".join(few) + describe(self.decisions)
+
     def key(self) -> str:
         """One line that says it all; equal for equal specs only."""
-        return (
-            f"{self.op}:{self.n}x{self.k}:{self.epilogue or '-'}:{self.residual or '-'}:{self.isa}:{describe(self.decisions)}"
-        )
+        return f"{self.op}:{self.n}x{self.k}:{self.epilogue or '-'}:{self.residual or '-'}:{self.isa}:{self.schedule}"
 
 
 def describe(decisions: LinearDecisions | AttentionDecisions | None) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import tvm
 from tvm.s_tir import Schedule
 
+from tilewright.codegen.buckets import carried, dispatch
+from tilewright.codegen.decisions import TokenBucket
 from tilewright.codegen.passes import KERNELS
 from tilewright.codegen.workload import KernelSpec
 from tilewright.schedules.attention import schedule_attention
@@ -37,10 +39,26 @@ def apply(module: tvm.IRModule, specs: Mapping[str, KernelSpec]) -> tvm.IRModule
     scheduled = tvm.IRModule(module.functions, attrs=module.attrs)
     for symbol, func in module.functions.items():
         if symbol.name_hint in specs:
-            spec, sch = specs[symbol.name_hint], Schedule(tvm.IRModule({"main": func}))
-            RULES[spec.op](sch, spec)
-            scheduled[symbol] = sch.mod["main"]
-    return tvm.transform.Sequential(list(KERNELS))(scheduled)
+            spec = specs[symbol.name_hint]
+            scheduled[symbol] = _scheduled(func, spec)
+            for bucket, kernel in zip(spec.buckets, carried(func), strict=True):
+                scheduled[_name(symbol.name_hint, bucket)] = _scheduled(kernel, spec.of(bucket))
+    done = tvm.transform.Sequential(list(KERNELS))(scheduled)
+    functions = {symbol.name_hint: func for symbol, func in done.functions.items()}
+    for name, spec in specs.items():
+        kernels = [functions.pop(_name(name, bucket)) for bucket in spec.buckets]
+        functions[name] = dispatch(functions[name], spec.buckets, kernels)
+    return tvm.IRModule({done.get_global_var(name): func for name, func in functions.items()}, attrs=done.attrs)
+
+
+def _name(kernel: str, bucket: TokenBucket) -> str:
+    return f"{kernel}_up_to_{bucket.groups}_groups"
+
+
+def _scheduled(func: tvm.tirx.PrimFunc, spec: KernelSpec) -> tvm.tirx.PrimFunc:
+    sch = Schedule(tvm.IRModule({"main": func}))
+    RULES[spec.op](sch, spec)
+    return sch.mod["main"]
 
 
 def schedule(func: tvm.tirx.PrimFunc, spec: KernelSpec) -> tvm.tirx.PrimFunc:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -21,10 +21,12 @@ from tests.kernel_harness import (
 )
 from tests.test_kernels_attention import check as check_attention
 from tilewright.codegen.block_sparse import BLOCKS
-from tilewright.codegen.decisions import AttentionDecisions, LinearDecisions, Storage
+from tilewright.codegen.decisions import AttentionDecisions, LinearDecisions, Storage, TokenBucket
 from tilewright.codegen.epilogues import Activate, Epilogue, Qkv, Raw
+from tilewright.codegen.kernels.linear import linear
 from tilewright.codegen.packing import pack_linear
 from tilewright.codegen.workload import KernelSpec, Workload
+from tilewright.errors import ScheduleMismatch
 from tilewright.schedules.blocks import dense
 from tilewright.schedules.choice import sparse_storage
 from tilewright.schedules.decide import decide_attention, decide_linear
@@ -42,10 +44,9 @@ def workload(isa: str, n: int, k: int, block: tuple[int, int] | None, density: i
     return Workload("linear", n, k, isa, "raw", block, density)
 
 
-def run(isa: str, made: LinearDecisions, n: int, k: int, epilogue: Epilogue, tokens: int, seed: int) -> None:
+def check(kernel: LinearKernel, epilogue: Epilogue, tokens: int, seed: int) -> None:
     """Sums bit for bit those of NumPy, what is made of them within a step."""
-    kernel = LinearKernel(KernelSpec("linear", n, k, isa, epilogue.label, made, epilogue.residual), epilogue)
-    random = np.random.default_rng(seed)
+    n, k, made, random = kernel.spec.n, kernel.spec.k, kernel.spec.linear, np.random.default_rng(seed)
     block = made.block or (1, 1)
     mask = np.kron(random.random((n // block[0], k // block[1])) < random.random(), np.ones(block, int))
     weight = (random.integers(-127, 128, (n, k)) * mask).astype(np.int8)
@@ -78,7 +79,8 @@ def test_every_candidate_computes_the_same(isa: str, data: st.DataObject, tokens
     storage = data.draw(st.sampled_from(storages(n, k, block, ISAS[isa])))
     made = data.draw(st.sampled_from(candidates(workload(isa, n, k, block), storage)))
     epilogue = data.draw(st.sampled_from([Raw(), Activate("relu", made.input), Qkv(ISAS[isa].attention)]))
-    run(isa, made, n, k, epilogue, tokens, seed)
+    kernel = LinearKernel(KernelSpec("linear", n, k, isa, epilogue.label, made, epilogue.residual), epilogue)
+    check(kernel, epilogue, tokens, seed)
 
 
 @pytest.mark.parametrize("isa", LEVELS)
@@ -136,3 +138,35 @@ def test_tables_name_fields() -> None:
     named = {name for table in LINEAR.values() for name in table}
     assert named | {"storage"} == {field.name for field in fields(LinearDecisions)}
     assert set(ATTENTION) | {"operands"} == {field.name for field in fields(AttentionDecisions)}
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("block", [(4, 1), (1, 4), (16, 4), None])
+def test_buckets_of_tokens_compute_the_same_from_the_same_weights(isa: str, block: tuple[int, int] | None) -> None:
+    """Below, at and above each border; each bucket does something else than the others."""
+    n, k = 96, 64
+    storage = dense(ISAS[isa]) if block is None else sparse_storage(block, ISAS[isa])
+    assert storage is not None
+    default = decide_linear(storage, n, k, 50, ISAS[isa])
+    others = [made for made in candidates(workload(isa, n, k, block), storage) if made.packing == default.packing]
+    spread = [made for made in (others[0], others[len(others) // 2]) if made != default]
+    buckets = tuple(TokenBucket(groups, made) for groups, made in zip((1, 4), spread, strict=False))
+    epilogue = Activate("relu", default.input)
+    for own in (Raw(), epilogue):
+        spec = KernelSpec("linear", n, k, isa, own.label, default, own.residual, buckets)
+        kernel = LinearKernel(spec, own)
+        for tokens in (1, 16, 17, 64, 65, 200):
+            check(kernel, own, tokens, tokens)
+
+
+def test_buckets_must_ascend_and_share_a_packing() -> None:
+    made = decide_linear(Storage("gather", (4, 1)), 96, 64, 20, ISAS["avx512vnni"])
+    spec = KernelSpec("linear", 96, 64, "avx512vnni", "raw", made)
+    few = TokenBucket(1, replace(made, chunks=1))
+    for buckets in ((few, few), (TokenBucket(0, made),), (TokenBucket(2, made), few)):
+        with pytest.raises(ScheduleMismatch, match="positive and ascend"):
+            linear(replace(spec, buckets=buckets), Raw())
+    with pytest.raises(ScheduleMismatch, match="96x64: the decisions for up to 1 token groups pack weights otherwise"):
+        linear(replace(spec, buckets=(TokenBucket(1, replace(made, together=1, token_tiles=(1,))),)), Raw())
+    assert replace(spec, buckets=(few,)).key() != spec.key()
+    assert "up to 16 tokens: family=gather" in replace(spec, buckets=(few,)).schedule

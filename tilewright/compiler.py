@@ -19,7 +19,7 @@ from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Head
 from tilewright.codegen.pad import pad
 from tilewright.codegen.passes import dump
-from tilewright.codegen.workload import Workload, describe
+from tilewright.codegen.workload import Workload
 from tilewright.cpu import cpu_features
 from tilewright.errors import InvalidInput, InvalidModel
 from tilewright.frontend.config import read_json
@@ -144,7 +144,7 @@ def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str], replayed: Rep
             block=kernel.spec.linear.block,
             density=kernel.density,
             kernel=kernel.workload.key(),
-            schedule=describe(kernel.spec.decisions),
+            schedule=kernel.spec.schedule,
             note=kernel.reason,
         )
         for kernel in lowered.kernels

@@ -16,6 +16,7 @@ import tvm
 from tvm import DataType, tirx
 from tvm.tirx.script import builder as T
 
+from tilewright.codegen.buckets import in_buckets
 from tilewright.codegen.decisions import FAMILY_LANES, Family, LinearDecisions
 from tilewright.codegen.epilogues import Epilogue, Raw
 from tilewright.codegen.kernels.common import GROUP, Expr, arg, prim_func, scratch, stage, store
@@ -57,13 +58,17 @@ def _nests(made: LinearDecisions, groups: Expr) -> Iterator[tuple[int, Expr, Exp
 
 
 def linear(spec: KernelSpec, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
-    """The kernel of `spec`, whose decisions it follows.
+    """The kernel of `spec`, whose decisions it follows; those of its buckets come along (`codegen/buckets.py`).
 
     Arguments: x (activation dtype, family's layout), the packed weights of `packing.pack_linear` (weight, and for sparse
     blocks index u16, indptr i32 and parts u16), fold i32[N], scale f32[N], bias f32[N], the epilogue's own arguments, its
     outputs. The integer part of output n of token t is sum(x * w) + fold[n]; the value is that times scale[n] plus bias[n].
+    Raises ScheduleMismatch if decisions of buckets read other arguments.
     """
+    return in_buckets(spec, lambda own: _linear(own, epilogue))
 
+
+def _linear(spec: KernelSpec, epilogue: Epilogue) -> tvm.tirx.PrimFunc:
     def body() -> None:
         made, groups = spec.linear, tirx.Var("G", "int32")
         lanes, width = FAMILY_LANES[made.family], made.row_block * made.rows_at_once
