@@ -6,7 +6,7 @@ They are chosen in `schedules/` and carried by the plan. Adding a decision is a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tilewright.codegen.formats import AttentionOperands, Format, Layout, Operands
@@ -67,6 +67,7 @@ class LinearDecisions:
     chunks: into how many the row-blocks are divided; a chunk's weights stay in the L2 cache while all token groups pass. A
     sparse matrix's chunks are of equal work rather than of equal size, so their number divides PARTS.
     prefetch: how many bytes of weights ahead of their use they are fetched, 0 if it is left to the CPU (`codegen/prefetch.py`).
+    extra: decisions that rules from outside this package read, as (name, value) in order of names.
     """
 
     storage: Storage
@@ -81,6 +82,11 @@ class LinearDecisions:
     rows: int = 4
     chunks: int = 1
     prefetch: int = 0
+    extra: tuple[tuple[str, int], ...] = ()
+
+    def with_extra(self, name: str, value: int) -> LinearDecisions:
+        """These, and `value` for a decision from outside."""
+        return replace(self, extra=tuple(sorted({**dict(self.extra), name: value}.items())))
 
     @property
     def family(self) -> Family:

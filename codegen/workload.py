@@ -119,6 +119,8 @@ def describe(decisions: LinearDecisions | AttentionDecisions | None) -> str:
         value = getattr(decisions, field.name)
         if field.name == "storage":
             words += [f"family={value.family}", f"block={_block(value.block)}"]
+        elif field.name == "extra":
+            words += [f"{name}={decided}" for name, decided in value]
         elif field.name == "operands":
             words.append(f"operands={'x'.join(str(getattr(value, part.name)) for part in fields(value))}")
         else:

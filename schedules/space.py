@@ -2,7 +2,8 @@
 
 A table lists fields in the order in which they are decided, each with a function of what was decided so far; fields that it
 does not list keep their defaults. `candidates` makes all combinations. Each of them compiles and is exact; what a CPU cannot
-profit from, such as more accumulators than it has registers, is left out. Adding a decision is a field and its entry here.
+profit from, such as more accumulators than it has registers, is left out. Adding a decision is a field and its entry here; from
+outside the package the entry alone (see docs/extending.md), which is then one of `LinearDecisions.extra`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def candidates(workload: Workload, storage: Storage) -> tuple[LinearDecisions, .
     """
     isa = ISAS[workload.isa]
     start = decide_linear(storage, workload.n, workload.k, workload.density if storage.block else 100, isa)
-    return tuple(_combinations(start, workload, LINEAR[storage.family]))
+    return tuple(_combinations(start, workload, LINEAR.get(storage.family, ANY)))
 
 
 def attention_candidates(workload: Workload) -> tuple[AttentionDecisions, ...]:
@@ -60,8 +61,15 @@ def attention_candidates(workload: Workload) -> tuple[AttentionDecisions, ...]:
 def _combinations(start: Any, workload: Workload, table: Mapping[str, Legal]) -> list[Any]:
     made = [start]
     for name, values in table.items():
-        made = [replace(one, **{name: value}) for one in made for value in dict.fromkeys(values(one, workload))]
+        made = [decided for one in made for decided in _decided(one, name, tuple(dict.fromkeys(values(one, workload))))]
     return list(dict.fromkeys(made))
+
+
+def _decided(made: Any, name: str, values: tuple[Any, ...]) -> list[Any]:
+    """`made` with each of the values for a field; for a decision from outside, the first is that of a kernel without it."""
+    if hasattr(made, name):
+        return [replace(made, **{name: value}) for value in values]
+    return [made, *(made.with_extra(name, value) for value in values[1:])]
 
 
 def _divides(inner: Block, n: int, k: int) -> bool:
@@ -188,6 +196,9 @@ LINEAR: dict[Family, dict[str, Legal]] = {
     "tile_column": {"chunks": _chunks},
 }
 """Family to the fields that are decided for it, in order, with their legal values."""
+
+ANY: dict[str, Legal] = {"chunks": _chunks}
+"""As an entry of LINEAR, for families from outside that have none."""
 
 
 def _keys(made: AttentionDecisions, workload: Workload) -> Iterable[int]:

@@ -13,7 +13,7 @@ import pytest
 
 import tilewright
 from tests import oracle, tiny
-from tests.kernel_harness import LinearKernel, from_groups, product, runs_here
+from tests.kernel_harness import LinearKernel, from_groups, group_shape, product, runs_here
 from tilewright import frontend
 from tilewright.codegen.block_sparse import BLOCKS
 from tilewright.codegen.decisions import FAMILY_LANES, FAMILY_LAYOUT, Storage
@@ -21,6 +21,7 @@ from tilewright.codegen.epilogues import Raw
 from tilewright.codegen.kernels.linear import PRODUCTS, WEIGHTS
 from tilewright.codegen.model import EncoderModel, Linear
 from tilewright.codegen.packing import PACKERS
+from tilewright.codegen.workload import KernelSpec, Workload
 from tilewright.errors import ScheduleMismatch
 from tilewright.pipeline.checkpoint import write_checkpoint
 from tilewright.pipeline.quantize import quantize
@@ -28,15 +29,28 @@ from tilewright.schedules.blocks import LEGAL, register_block
 from tilewright.schedules.families import FamilyEntry, register_family
 from tilewright.schedules.intrinsics import INTRINSICS
 from tilewright.schedules.linear import FAMILY_RULES
+from tilewright.schedules.space import LINEAR, candidates
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "extending.md"
-TABLES = (BLOCKS, FAMILY_LAYOUT, FAMILY_LANES, WEIGHTS, PRODUCTS, PACKERS, FAMILY_RULES, LEGAL, INTRINSICS)
+TABLES = (
+    BLOCKS,
+    FAMILY_LAYOUT,
+    FAMILY_LANES,
+    WEIGHTS,
+    PRODUCTS,
+    PACKERS,
+    FAMILY_RULES,
+    LEGAL,
+    INTRINSICS,
+    LINEAR,
+    LINEAR["row"],
+)
 
 
 def code(section: str) -> str:
     """The program of a section of the document."""
-    (found,) = re.findall(rf"^## {section}\n.*?```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
-    return found
+    (found,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+    return "".join(re.findall(r"```python\n(.*?)```", found, re.DOTALL))
 
 
 @pytest.fixture
@@ -74,6 +88,19 @@ def checkpoint(directory: Path, block: tuple[int, int]) -> Path:
     return directory / "pruned"
 
 
+def check_sums(spec: KernelSpec) -> None:
+    """A kernel of 96 outputs and 64 inputs, without an epilogue, has the sums of NumPy."""
+    if not runs_here(spec.isa):
+        return
+    kernel, random, lanes = LinearKernel(spec, Raw()), np.random.default_rng(0), spec.linear.storage.lanes
+    mask = np.kron(random.random((24, 16)) < 0.5, np.ones((4, 4), int))
+    weight = (random.integers(-127, 128, (96, 64)) * mask).astype(np.int8)
+    x, zeros = random.integers(0, 256, (48, 64)), np.zeros(96, np.float32)
+    inputs = kernel.arrays(x, weight, fold=np.zeros(96, np.int32), scale=zeros, bias=zeros)
+    found = kernel(inputs, {"sums": group_shape(48, 96, lanes)})["sums"]
+    np.testing.assert_array_equal(from_groups(found, lanes), product(x, weight))
+
+
 @pytest.mark.usefixtures("untouched_tables")
 @pytest.mark.parametrize(("section", "block"), [("A block shape", (2, 8)), ("A family of kernels", (2, 1))])
 def test_models_of_a_documented_addition_compute_what_they_should(tmp_path: Path, section: str, block: tuple[int, int]) -> None:
@@ -91,21 +118,19 @@ def test_models_of_a_documented_addition_compute_what_they_should(tmp_path: Path
 def test_the_documented_operands_give_exact_sums() -> None:
     names: dict[str, Any] = {}
     exec(code("A way to store operands"), names)
-    kernel, random = LinearKernel(names["spec"], Raw()), np.random.default_rng(0)
-    mask = np.kron(random.random((24, 16)) < 0.5, np.ones((4, 4), int))
-    weight = (random.integers(-127, 128, (96, 64)) * mask).astype(np.int8)
-    x, zeros = random.integers(0, 256, (48, 64)), np.zeros(96, np.float32)
-    inputs = kernel.arrays(x, weight, fold=np.zeros(96, np.int32), scale=zeros, bias=zeros)
-    found = kernel(inputs, {"sums": (3, 96, 16)})["sums"]
-    np.testing.assert_array_equal(from_groups(found, "columns"), product(x, weight))
+    check_sums(names["spec"])
 
 
-def test_the_documented_decision_is_compiled(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("untouched_tables")
+def test_the_documented_decisions_are_compiled(tmp_path: Path) -> None:
     names: dict[str, Any] = {"checkpoint": checkpoint(tmp_path, (4, 1)), "output": tmp_path / "model.so"}
     exec(code("Other decisions"), names)
     assert (tmp_path / "model.so").read_bytes()[:4] == b"\x7fELF"
     chunks = {report.name: report.spec.linear.chunks for report in names["lowered"].kernels}
     assert chunks["layer0.up"] == 1 < chunks["layer0.qkv"]
+    check_sums(names["spec"])
+    default = replace(names["spec"].decisions, extra=())
+    assert default in candidates(Workload("linear", 96, 64, "avx2"), default.storage)  # as it is called without the decision
 
 
 @pytest.mark.usefixtures("untouched_tables")

@@ -160,7 +160,7 @@ def test_every_decision_gives_the_same_sums(isa: str, family, block) -> None:
 
 def test_every_field_that_a_tuner_may_choose_is_varied_above() -> None:
     """What is not: how weights and activations are stored, and what goes with single outputs only."""
-    fixed = {"storage", "operands", "row_block", "together", "depth", "halves", "rows_at_once", "partial_sums"}
+    fixed = {"storage", "operands", "row_block", "together", "depth", "halves", "rows_at_once", "partial_sums", "extra"}
     assert set(DECISIONS) | fixed == {field.name for field in dataclasses.fields(LinearDecisions)}
 
 

@@ -136,7 +136,7 @@ def test_equal_packing_means_equal_arrays(isa: str) -> None:
 
 def test_tables_name_fields() -> None:
     named = {name for table in LINEAR.values() for name in table}
-    assert named | {"storage"} == {field.name for field in fields(LinearDecisions)}
+    assert named | {"storage", "extra"} == {field.name for field in fields(LinearDecisions)}
     assert set(ATTENTION) | {"operands"} == {field.name for field in fields(AttentionDecisions)}
 
 
