@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 
 from tilewright.codegen.model import EncoderModel, Layer, LayerNorm, Linear
 from tilewright.errors import UnsupportedModel
+from tilewright.frontend.bert import BERT
 from tilewright.frontend.compressed import FORMAT, PACKED_FORMAT, QUANT_METHOD
 from tilewright.frontend.families import FAMILIES
 from tilewright.frontend.family import ACTIVATIONS, Family, HeadNames
@@ -32,8 +34,7 @@ def write_checkpoint(model: EncoderModel, path: Path, packed: bool = False) -> N
 
     Raises UnsupportedModel for a head or LayerNorm that the architecture's config.json cannot express.
     """
-    family = FAMILIES[model.config.architecture]
-    _check_expressible(model, family)
+    model, family = _expressible(model)
     (path / "config.json").write_text(json.dumps(_config(model, family, packed), indent=2) + "\n", encoding="utf-8")
     save_file(_tensors(model, family, packed), path / "model.safetensors", metadata={"format": "pt"})
     (path / SPARSITY).write_text(json.dumps(_sparsity(model), indent=2) + "\n", encoding="utf-8")
@@ -51,6 +52,25 @@ def _sparsity(model: EncoderModel) -> dict[str, Any]:
         }
         for linear in model.linears()
     }
+
+
+def _expressible(model: EncoderModel) -> tuple[EncoderModel, Family]:
+    """`model` and a family whose config.json can say what it is.
+
+    What was read from a graph without token types passes for a DistilBERT. Where its head or eps is none of DistilBERT's, it is
+    a BERT, with one token type that adds nothing.
+    """
+    family = FAMILIES[model.config.architecture]
+    try:
+        _check_expressible(model, family)
+    except UnsupportedModel:
+        if model.embeddings.token_type is not None:
+            raise
+        types = np.zeros((1, model.config.hidden_size), np.float32)
+        config, embeddings = replace(model.config, architecture=BERT.model_type), replace(model.embeddings, token_type=types)
+        model, family = replace(model, config=config, embeddings=embeddings), BERT
+        _check_expressible(model, family)
+    return model, family
 
 
 def _check_expressible(model: EncoderModel, family: Family) -> None:

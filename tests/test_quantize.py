@@ -286,3 +286,19 @@ def test_sparsity_is_written_beside_the_weights(tmp_path: Path) -> None:
     sparse = found.pop("encoder.layer.0.intermediate.dense")
     assert sparse["density"] == pytest.approx(0.75, abs=0.02)
     assert all(linear["block"] is None and linear["density"] > 0.9 for linear in found.values())
+
+
+def test_a_graph_without_token_types_may_have_the_head_of_bert(tmp_path: Path) -> None:
+    """It is read as a DistilBERT, whose own head has another activation: the checkpoint is a BERT's with one token type."""
+    exported = tiny.export(
+        tiny.build("BertForSequenceClassification", num_hidden_layers=1), tmp_path / "model.onnx", ["logits"]
+    )
+    source = replace(load(exported), tokenizer=load(tiny.save(tiny.build("BertModel"), tmp_path / "other")).tokenizer)
+    assert source.config.architecture == "distilbert"
+    written = load(quantize(source, TEXTS, tmp_path / "int8"))
+    assert written.config.architecture == "bert"
+    assert written.embeddings.token_type is not None
+    assert not written.embeddings.token_type.any()
+    ids = tiny.sequences(9, 4)
+    for found, expected in zip(oracle.forward_float(written, ids), oracle.forward_float(source, ids), strict=True):
+        np.testing.assert_allclose(found["logits"], expected["logits"], rtol=0.05, atol=0.05)
