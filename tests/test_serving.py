@@ -213,6 +213,7 @@ def test_bad_input_is_told_in_the_shape_of_the_api(
 
 
 def test_no_endpoint(client: TestClient) -> None:
+    assert client.head("/health").status_code == 200
     assert client.get("/nowhere").json() == {"error": "there is no endpoint /nowhere", "error_type": "Validation"}
     assert client.get("/v1/embeddings").json()["error"]["message"] == "/v1/embeddings does not take GET"
     assert client.post("/embed", content="a=b", headers={"content-type": "text/plain"}).status_code == 415

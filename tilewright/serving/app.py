@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
@@ -33,8 +34,13 @@ def create_app(services: Sequence[Service], settings: Settings = Settings()) -> 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             models = [ServedModel(service, settings, metrics) for service in services]
-            for model in models:
-                await stack.enter_async_context(model)
+            entered = await asyncio.gather(*(model.__aenter__() for model in models), return_exceptions=True)
+            failures = [outcome for outcome in entered if isinstance(outcome, BaseException)]
+            for model, outcome in zip(models, entered, strict=True):
+                if outcome not in failures:
+                    stack.push_async_exit(model)
+            if failures:
+                raise failures[0]
             app.state.models = {model.name: model for model in models}
             yield
 
@@ -50,6 +56,7 @@ def create_app(services: Sequence[Service], settings: Settings = Settings()) -> 
     return app
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 when every model has an instance that runs, 503 otherwise."""
@@ -123,9 +130,9 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = {404: "there is no endpoint {path}", 405: "{path} does not take {method}"}.get(error.status_code, error.detail)
-    text = message.format(path=request.url.path[:100], method=request.method)
-    return error_response(request.url.path, RequestError(error.status_code, text, error.headers))
+    path, status = request.url.path, error.status_code
+    known = {404: f"there is no endpoint {path}", 405: f"{path} does not take {request.method}"}
+    return error_response(path, RequestError(status, known.get(status, error.detail), error.headers))
 
 
 async def _failed(request: Request, _: Exception) -> Response:

@@ -127,6 +127,8 @@ class ServedModel:
         inputs = {"input_ids": np.array(tokens.ids, np.int32)}
         if "token_type_ids" in self.manifest.inputs:
             types = [0] * len(tokens.ids) if tokens.encoding is None else tokens.encoding.type_ids
+            if max(types) >= self.manifest.limits.token_types:
+                raise RequestError(INVALID, f"model {self.name} takes no pairs of texts")  # by its tokenizer, they have types
             inputs["token_type_ids"] = np.array(types, np.int32)
         return inputs
 
