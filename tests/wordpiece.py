@@ -133,9 +133,9 @@ def main() -> None:
         }.items():
             both = pair(content, program, Path(place))
             with both.ours:
-                for what, texts in {"code points": characters(everything, together=1), "texts of SQuAD": _squad()}.items():
+                for what, texts in {"all code points": characters(everything, together=16), "SQuAD": _squad()}.items():
                     differing = [both.differs(text) for text in texts]
-                    print(f"{name}: {len(differing)} {what}, {sum(differing)} differ", flush=True)
+                    print(f"{name}: {len(differing)} texts of {what}, {sum(differing)} differ", flush=True)
 
 
 if __name__ == "__main__":
