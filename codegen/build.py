@@ -44,7 +44,7 @@ def build(module: tvm.IRModule, target: Target, library: Path, parameters: Seque
 
 
 def build_library(module: tvm.IRModule, target: Target, library: Path) -> None:
-    """Compile the kernels of `module`, which keep their names, into the shared library `library`."""
+    """Compile the kernels of `module`, which keep their names, into the shared library `library`, and the object beside it."""
     kernels = {
         variable.name_hint: function.with_attr("global_symbol", variable.name_hint)
         for variable, function in module.functions.items()
@@ -59,10 +59,11 @@ def build_library(module: tvm.IRModule, target: Target, library: Path) -> None:
 
 
 def _link(compiled: Any, workspace: Path, library: Path) -> None:
-    compiled.write_to_file(str(workspace / "kernels.o"))
+    kernels = library.with_suffix(".o")
+    compiled.write_to_file(str(kernels))
     (workspace / "support.c").write_text(_SUPPORT)
     environment = os.environ | {"TMPDIR": str(workspace)}  # the linker's own files are then removed whatever happens to it
-    command = [*_LINK, "-o", str(library), "kernels.o", "support.c"]
+    command = [*_LINK, "-o", str(library), str(kernels), "support.c"]
     done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip() or f"gcc ended with status {done.returncode}")

@@ -19,10 +19,14 @@ enum {
     MANIFEST_BYTES = 1 << 28 /* more than any has */
 };
 
+typedef struct {
+    void *bytes;
+    size_t size;
+} mapping;
+
 /* What an engine holds of its artifact. */
 typedef struct {
-    void *weights;
-    size_t weights_size;
+    mapping weights, wordpiece;
     void *library;
 } resources;
 
@@ -30,7 +34,8 @@ static void release(void *argument)
 {
     resources *held = argument;
     if (held->library) dlclose(held->library);
-    if (held->weights) munmap(held->weights, held->weights_size);
+    if (held->weights.bytes) munmap(held->weights.bytes, held->weights.size);
+    if (held->wordpiece.bytes) munmap(held->wordpiece.bytes, held->wordpiece.size);
     free(held);
 }
 
@@ -118,16 +123,24 @@ static tilewright_status check_files(int directory, const char *path, const tw_m
     return status;
 }
 
-static tilewright_status map_weights(int directory, const char *path, resources *held)
+static tilewright_status map_file(int directory, const char *path, const char *name, mapping *result)
 {
-    int file = open_regular(directory, TW_WEIGHTS, &held->weights_size);
-    if (file < 0) return unreadable(path, TW_WEIGHTS, strerror(errno));
-    void *memory = mmap(NULL, held->weights_size, PROT_READ, MAP_SHARED, file, 0);
+    int file = open_regular(directory, name, &result->size);
+    if (file < 0) return unreadable(path, name, strerror(errno));
+    void *memory = mmap(NULL, result->size, PROT_READ, MAP_SHARED, file, 0);
     int error = errno;
     close(file);
-    if (memory == MAP_FAILED) return unreadable(path, TW_WEIGHTS, strerror(error));
-    held->weights = memory;
+    if (memory == MAP_FAILED) return unreadable(path, name, strerror(error));
+    result->bytes = memory;
     return TILEWRIGHT_OK;
+}
+
+static bool has_file(const tw_manifest *manifest, const char *name)
+{
+    for (size_t i = 0; i < manifest->file_count; ++i) {
+        if (strcmp(manifest->files[i].name, name) == 0) return true;
+    }
+    return false;
 }
 
 /* Load the library `name`. glibc takes a path that it has loaded before for the same library, even where another file has
@@ -173,10 +186,18 @@ static tilewright_status load(int directory, const char *path, const tilewright_
     tw_engine_on_close(engine, release, held);
     tilewright_status status = TILEWRIGHT_OK;
     if (!options || !(options->flags & TILEWRIGHT_TRUST_FILES)) status = check_files(directory, path, tw_engine_manifest(engine));
-    if (status == TILEWRIGHT_OK) status = map_weights(directory, path, held);
+    if (status == TILEWRIGHT_OK) status = map_file(directory, path, TW_WEIGHTS, &held->weights);
+    if (status == TILEWRIGHT_OK && has_file(tw_engine_manifest(engine), TW_WORDPIECE)) {
+        status = map_file(directory, path, TW_WORDPIECE, &held->wordpiece);
+    }
     if (status == TILEWRIGHT_OK) status = load_library(directory, path, tw_engine_level(engine)->library, held);
     if (status != TILEWRIGHT_OK) return status;
-    const tilewright_model model = {.weights = held->weights, .weights_size = held->weights_size, .symbol = find_symbol, .context = held->library};
+    const tilewright_model model = {.weights = held->weights.bytes,
+                                    .weights_size = held->weights.size,
+                                    .symbol = find_symbol,
+                                    .context = held->library,
+                                    .wordpiece = held->wordpiece.bytes,
+                                    .wordpiece_size = held->wordpiece.size};
     return tw_engine_finish(engine, &model);
 }
 

@@ -33,6 +33,8 @@ struct tilewright_engine {
     tw_arena arena;
     tw_manifest manifest;
     const tw_level *level;
+    tw_wordpiece wordpiece;
+    bool tokenizes;
     tilewright_options options;
     tilewright_info info;
     tw_pool *pool;
@@ -90,6 +92,11 @@ const tw_manifest *tw_engine_manifest(const tilewright_engine *engine)
 const tw_level *tw_engine_level(const tilewright_engine *engine)
 {
     return engine->level;
+}
+
+const tw_wordpiece *tw_engine_wordpiece(const tilewright_engine *engine)
+{
+    return engine->tokenizes ? &engine->wordpiece : NULL;
 }
 
 void tw_engine_on_close(tilewright_engine *engine, void (*release)(void *resources), void *resources)
@@ -176,6 +183,14 @@ static tilewright_status make_steps(tilewright_engine *engine, const tilewright_
     return TILEWRIGHT_OK;
 }
 
+static tilewright_status read_wordpiece(tilewright_engine *engine, const tilewright_model *model)
+{
+    if (!model->wordpiece) return TILEWRIGHT_OK;
+    const char *problem = tw_wordpiece_read(model->wordpiece, model->wordpiece_size, &engine->wordpiece);
+    engine->tokenizes = !problem;
+    return problem ? tw_fail(TILEWRIGHT_INVALID_ARTIFACT, "%s", problem) : TILEWRIGHT_OK;
+}
+
 tilewright_status tw_engine_finish(tilewright_engine *engine, const tilewright_model *model)
 {
     const tw_level *level = engine->level;
@@ -186,6 +201,7 @@ tilewright_status tw_engine_finish(tilewright_engine *engine, const tilewright_m
     engine->parameters = tw_arena_alloc(&engine->arena, level->parameter_count, sizeof *engine->parameters);
     if (!engine->parameters) return tw_out_of_memory();
     tilewright_status status = tw_weights_bind(&engine->arena, model->weights, model->weights_size, level, engine->parameters);
+    if (status == TILEWRIGHT_OK) status = read_wordpiece(engine, model);
     if (status == TILEWRIGHT_OK) status = make_tensors(engine);
     if (status == TILEWRIGHT_OK) status = make_steps(engine, model);
     if (status == TILEWRIGHT_OK) tw_connect_library(model->symbol, model->context, level->name);

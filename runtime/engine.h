@@ -3,6 +3,7 @@
 #define TW_ENGINE_H
 
 #include "manifest.h"
+#include "wordpiece.h"
 
 /* Read a manifest and choose the level to run. */
 tilewright_status tw_engine_begin(const char *manifest, size_t size, const tilewright_options *options,
@@ -10,6 +11,9 @@ tilewright_status tw_engine_begin(const char *manifest, size_t size, const tilew
 
 const tw_manifest *tw_engine_manifest(const tilewright_engine *engine);
 const tw_level *tw_engine_level(const tilewright_engine *engine);
+
+/* The table of the model's tokenizer, NULL if it has none. */
+const tw_wordpiece *tw_engine_wordpiece(const tilewright_engine *engine);
 
 /* What tilewright_close is to call last; set before anything else can fail. */
 void tw_engine_on_close(tilewright_engine *engine, void (*release)(void *resources), void *resources);

@@ -9,6 +9,7 @@
 
 #define TW_MANIFEST "manifest.json"
 #define TW_WEIGHTS "weights.safetensors"
+#define TW_WORDPIECE "wordpiece.bin"
 
 enum { TW_SCHEMA_VERSION = 4, TW_GROUP = 16 /* tokens that the kernels' token axis is padded to */ };
 

@@ -2,9 +2,12 @@
  *
  *     tilewright_engine *engine;
  *     if (tilewright_open("model.tw", NULL, &engine) != TILEWRIGHT_OK) { puts(tilewright_error()); return 1; }
- *     int64_t ids[1][4] = {{101, 7592, 2088, 102}};
+ *     tilewright_text text = {"A man is eating.", 16};
+ *     int64_t ids[512];
+ *     size_t tokens;
  *     float embedding[384], *outputs[] = {NULL, embedding};
- *     if (tilewright_run(engine, ids[0], NULL, NULL, 1, 4, outputs) != TILEWRIGHT_OK) puts(tilewright_error());
+ *     if (tilewright_tokenize(engine, &text, 1, 1, ids, NULL, 512, &tokens) != TILEWRIGHT_OK ||
+ *         tilewright_run(engine, ids, NULL, NULL, 1, tokens, outputs) != TILEWRIGHT_OK) puts(tilewright_error());
  *     tilewright_close(engine);
  *
  * Every function that can fail returns a status, and leaves a line of text for `tilewright_error`. Bad input of any kind
@@ -118,6 +121,22 @@ TILEWRIGHT_API tilewright_status tilewright_run_ragged(tilewright_engine *engine
                                                        const int64_t *token_type_ids, const int64_t *offsets, size_t batch,
                                                        float *const *outputs);
 
+/* UTF-8 of `size` bytes, which need no NUL behind them and may hold some. What is no UTF-8 counts as U+FFFD. */
+typedef struct {
+    const char *bytes;
+    size_t size;
+} tilewright_text;
+
+/* Turn a text, or two that belong together such as a question and its context, into token ids with the model's special tokens.
+ *
+ * count: of texts, 1 or 2. truncate: 1 to cut the tokens to max_positions, the end of the longer text first; 0 to keep all.
+ * input_ids, token_type_ids: where the tokens go, room for `capacity` each; the types may be NULL. *tokens says how many
+ * there are, also where the call fails because `capacity` is less. Any number of threads may tokenize at the same time.
+ * Works for models that came with BERT's WordPiece tokenizer; for others use a library of your own and give ids. */
+TILEWRIGHT_API tilewright_status tilewright_tokenize(const tilewright_engine *engine, const tilewright_text *texts,
+                                                     size_t count, int32_t truncate, int64_t *input_ids,
+                                                     int64_t *token_type_ids, size_t capacity, size_t *tokens);
+
 /* Called after each kernel, in the thread that called tilewright_run. */
 typedef void (*tilewright_observer)(void *context, const char *kernel, uint64_t nanoseconds);
 
@@ -137,6 +156,8 @@ typedef struct {
      * object file, as dlsym would find them. */
     void *(*symbol)(void *context, const char *level, const char *symbol);
     void *context;
+    const void *wordpiece; /* the bytes of wordpiece.bin, at a multiple of 4; NULL if there is none */
+    size_t wordpiece_size;
 } tilewright_model;
 
 /* Open a model in memory, which must outlive the engine; `symbol` is called only in here. Nothing is hashed. */

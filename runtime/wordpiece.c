@@ -85,7 +85,7 @@ static void add_normalized(const tw_wordpiece *table, const tw_buffer *normalize
 }
 
 /* Append the tokens of a text, without special tokens around them; whether there was memory for it. */
-static int add_text(const tw_wordpiece *table, tw_text text, tw_buffer *tokens)
+static int add_text(const tw_wordpiece *table, tilewright_text text, tw_buffer *tokens)
 {
     tw_buffer characters = {0}, normalized = {0};
     tw_decode(text.bytes, text.size, &characters);
@@ -112,7 +112,7 @@ static void cut(size_t room, size_t kept[2])
     kept[longer] = room - kept[shorter];
 }
 
-int64_t tw_wordpiece_encode(const tw_wordpiece *table, const tw_text *texts, int count, size_t limit, int64_t *ids,
+int64_t tw_wordpiece_encode(const tw_wordpiece *table, const tilewright_text *texts, int count, size_t limit, int64_t *ids,
                             int64_t *types, size_t capacity)
 {
     const tw_template_token *template = table->templates[count - 1];

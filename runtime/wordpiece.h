@@ -2,13 +2,8 @@
 #ifndef TW_WORDPIECE_H
 #define TW_WORDPIECE_H
 
+#include "tilewright.h"
 #include "wordpiece_table.h"
-
-/* UTF-8 of `size` bytes, which may hold NULs. What is no UTF-8 counts as U+FFFD. */
-typedef struct {
-    const char *bytes;
-    size_t size;
-} tw_text;
 
 enum { TW_WORDPIECE_NO_MEMORY = -1, TW_WORDPIECE_NO_ROOM = -2 };
 
@@ -18,7 +13,7 @@ enum { TW_WORDPIECE_NO_MEMORY = -1, TW_WORDPIECE_NO_ROOM = -2 };
  * `capacity` tokens each; types may be NULL. Returns the number of tokens, of which at most `capacity` were written;
  * TW_WORDPIECE_NO_MEMORY; or TW_WORDPIECE_NO_ROOM where special tokens alone are more than `limit`. Several threads may use
  * one table. */
-int64_t tw_wordpiece_encode(const tw_wordpiece *table, const tw_text *texts, int count, size_t limit, int64_t *ids,
+int64_t tw_wordpiece_encode(const tw_wordpiece *table, const tilewright_text *texts, int count, size_t limit, int64_t *ids,
                             int64_t *types, size_t capacity);
 
 #endif

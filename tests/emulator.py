@@ -142,6 +142,8 @@ class _Model(ctypes.Structure):
         ("weights_size", ctypes.c_size_t),
         ("symbol", _Symbol),
         ("context", ctypes.c_void_p),
+        ("wordpiece", ctypes.c_void_p),
+        ("wordpiece_size", ctypes.c_size_t),
     )
 
 

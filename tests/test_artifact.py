@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import tilewright
 from tests import toy
 from tilewright.codegen import artifact
+from tilewright.codegen import replace as replacing
 from tilewright.codegen.artifact import check_output
 from tilewright.cpu import cpu_features
 from tilewright.errors import ArtifactTargetMismatch, InvalidArtifact, InvalidInput
@@ -234,7 +235,7 @@ def test_interrupted_write_leaves_what_was_there(
         raise error
 
     if step == "replace":
-        monkeypatch.setattr(artifact, "put", fail)
+        monkeypatch.setattr(replacing, "put", fail)
     else:
         monkeypatch.setattr(artifact, step, fail)
     with pytest.raises((KeyboardInterrupt, InvalidInput)):

@@ -13,7 +13,7 @@ from threading import Thread
 import pytest
 
 from tests import tiny
-from tilewright.codegen.artifact import put
+from tilewright.codegen.replace import put
 from tilewright.pipeline import quantize
 
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
+SOURCES = "tilewright.csrc"  # of the C runtime
+FOLDERS: dict[str, str] = {name: folder for name, folder in SETUPTOOLS["package-dir"].items() if name != SOURCES}
 
 
 def modules() -> dict[str, Path]:
@@ -21,7 +22,7 @@ def modules() -> dict[str, Path]:
 
 def test_every_folder_with_python_files_is_a_listed_package() -> None:
     found = {str(Path(name).parent).replace("/", ".") for name in modules()}
-    assert found == set(SETUPTOOLS["packages"])
+    assert found == {package for package in SETUPTOOLS["packages"] if not package.startswith(SOURCES)}
 
 
 def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
@@ -37,9 +38,13 @@ def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     records = {f"tilewright/tuning_logs/{file.name}" for file in (ROOT / "tuning_logs").glob("*.json*")}
     recipes = {f"tilewright/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "pipeline").rglob("*.yaml")}
+    runtime = {
+        f"tilewright/csrc/{file.relative_to(ROOT / 'runtime').as_posix()}" for file in (ROOT / "runtime").rglob("*.[ch]")
+    }
     library = "tilewright/lib/libtilewright.so"
     assert wheel.name.endswith("-py3-none-manylinux_2_17_x86_64.whl")
-    assert held == {*modules(), "tilewright/py.typed", library, "tilewright/schedules/rates.json", *records, *recipes}
+    data = {"tilewright/py.typed", library, "tilewright/schedules/rates.json", *records, *recipes, *runtime}
+    assert held == {*modules(), *data}
 
 
 def test_typings_links_match_the_package() -> None:

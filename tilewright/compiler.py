@@ -15,6 +15,7 @@ from tilewright import frontend, manifest
 from tilewright.artifact import describe_parameter, sha256
 from tilewright.codegen.artifact import check_output, write_artifact
 from tilewright.codegen.build import build
+from tilewright.codegen.library import Library, check_library, write_library
 from tilewright.codegen.lower import Lowered, lower
 from tilewright.codegen.model import EncoderModel, Head
 from tilewright.codegen.pad import pad
@@ -54,6 +55,7 @@ def compile(
     *,
     max_tokens: int = 4096,
     sparse: Sparse = "auto",
+    library: Library | None = None,
     overwrite: bool = True,
     self_check: bool = True,
     debug_dump: str | Path | None = None,
@@ -62,7 +64,7 @@ def compile(
     tuned_threads: int = 1,
     progress: Progress = lambda stage: None,
 ) -> Artifact:
-    """Compile a quantised checkpoint (or an EncoderModel) into the artifact directory `output`.
+    """Compile a quantised checkpoint (or an EncoderModel) into the artifact directory `output`, or into a `library`.
 
     target: what to compile for, or several with commas: `native`, an ISA level (portable, avx2, avx512vnni), an LLVM CPU, an
     instance type or a processor's name, each of which means the best level it runs, or `server`, which is several levels.
@@ -71,6 +73,7 @@ def compile(
     self_check: run an ONNX graph beside the model read from it, and refuse it where they differ.
     sparse: whether zero blocks are skipped: `auto` where the CPU's rates say that it pays, `always` wherever there is a kernel
     for it, or `never`.
+    library: the library for C programs to write to the directory `output` instead of an artifact.
     debug_dump: a directory to write the module to after each pass, in a folder for each level.
     tuning_records: a tuning log, or a directory of them. Default: the log that comes along for the target's CPU. Kernels
     without a record that fits exactly, and all of them unless `sparse` is `auto`, are decided by rates and defaults.
@@ -81,7 +84,7 @@ def compile(
     isas, cpu = resolve_all(target, cpu_features()), known_cpu(target)
     if not 1 <= max_tokens <= MAX_TOKENS:
         raise InvalidInput(f"max_tokens is {max_tokens}; expected 1 to {MAX_TOKENS}")
-    check_output(output, overwrite=overwrite)
+    (check_library if library else check_output)(output, overwrite=overwrite)
     log = _log(tuning_records, known_cpu(target) if tuned_for is None else _named(tuned_for), sparse)
     progress("load")
     model = pad(model_path if isinstance(model_path, EncoderModel) else frontend.load(model_path, self_check))
@@ -100,14 +103,20 @@ def compile(
             levels.append(_level(isa, lowered, pool.add(isa.name, lowered.parameters), replayed, program))
         progress("write")
         provenance = _provenance(model_path, model, {"target": target, "max_tokens": max_tokens, "sparse": sparse})
+        artifact = Path(output) if library is None else place / "model.tw"
         written = write_artifact(
-            output,
+            artifact,
             libraries=libraries,
             weights=pool.tensors,
             manifest=_manifest(model, tuple(levels), lowered, provenance),
             tokenizer=model.tokenizer,
             overwrite=overwrite,
         )
+        if library is not None:
+            objects = {level: file.with_suffix(".o") for level, file in libraries.items()}
+            workspace = place / "library"
+            workspace.mkdir()
+            write_library(output, library, artifact=artifact, objects=objects, workspace=workspace, overwrite=overwrite)
     return Artifact(Path(output), written, replays)
 
 

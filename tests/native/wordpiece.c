@@ -39,13 +39,13 @@ int main(int argc, char **argv)
     uint64_t limit;
     int32_t count, capacity;
     while (get(&limit, 8) && get(&count, 4) && get(&capacity, 4)) {
-        tw_text texts[2] = {{NULL, 0}, {NULL, 0}};
+        tilewright_text texts[2] = {{NULL, 0}, {NULL, 0}};
         for (int i = 0; i < count; ++i) {
             uint64_t length;
             if (!get(&length, 8)) return 1;
             char *text = malloc(length);
             if (!get(text, length)) return 1;
-            texts[i] = (tw_text){text, length};
+            texts[i] = (tilewright_text){text, length};
         }
         int64_t *ids = malloc((size_t)capacity * 8), *types = malloc((size_t)capacity * 8);
         int64_t total = tw_wordpiece_encode(&table, texts, count, limit, ids, types, (size_t)capacity);
