@@ -6,27 +6,21 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "engine.h"
 #include "error.h"
+#include "file.h"
 
 enum {
     ATTEMPTS = 50, /* to read an artifact that others replace meanwhile */
-    BUFFER = 1 << 18,
     MANIFEST_BYTES = 1 << 28 /* more than any has */
 };
 
-typedef struct {
-    void *bytes;
-    size_t size;
-} mapping;
-
 /* What an engine holds of its artifact. */
 typedef struct {
-    mapping weights, wordpiece;
+    tw_mapping weights, wordpiece;
     void *library;
 } resources;
 
@@ -34,8 +28,8 @@ static void release(void *argument)
 {
     resources *held = argument;
     if (held->library) dlclose(held->library);
-    if (held->weights.bytes) munmap(held->weights.bytes, held->weights.size);
-    if (held->wordpiece.bytes) munmap(held->wordpiece.bytes, held->wordpiece.size);
+    tw_file_unmap(&held->weights);
+    tw_file_unmap(&held->wordpiece);
     free(held);
 }
 
@@ -44,44 +38,13 @@ static tilewright_status unreadable(const char *path, const char *name, const ch
     return tw_fail(TILEWRIGHT_INVALID_ARTIFACT, "%s/%s cannot be read (%s); copy the artifact again", path, name, reason);
 }
 
-/* Open the regular file `name` of a directory; -1 and errno if there is none. A FIFO would wait for its writer for ever, and
- * a device may have no end. */
-static int open_regular(int directory, const char *name, size_t *size)
-{
-    int file = openat(directory, name, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    struct stat status;
-    if (file < 0) return -1;
-    int error = fstat(file, &status) != 0 ? errno : S_ISREG(status.st_mode) ? 0 : EINVAL;
-    if (error) {
-        close(file);
-        errno = error;
-        return -1;
-    }
-    if (size) *size = (size_t)status.st_size;
-    return file;
-}
-
-/* Read up to `size` bytes; fewer at the end of the file, -1 and errno on failure. */
-static ssize_t read_fully(int file, char *to, size_t size)
-{
-    size_t done = 0;
-    while (done < size) {
-        ssize_t count = read(file, to + done, size - done);
-        if (count < 0 && errno == EINTR) continue;
-        if (count < 0) return -1;
-        if (count == 0) break;
-        done += (size_t)count;
-    }
-    return (ssize_t)done;
-}
-
 static tilewright_status read_manifest(int directory, const char *path, char **text, size_t *size)
 {
-    int file = open_regular(directory, TW_MANIFEST, size);
+    int file = tw_file_open(directory, TW_MANIFEST, size);
     ssize_t count = -1;
     *text = NULL;
     if (file >= 0 && *size > MANIFEST_BYTES) errno = EFBIG;
-    else if (file >= 0 && (*text = malloc(*size + 1))) count = read_fully(file, *text, *size);
+    else if (file >= 0 && (*text = malloc(*size + 1))) count = tw_file_read(file, *text, *size);
     int error = errno;
     if (file >= 0) close(file);
     if (count >= 0) {
@@ -93,19 +56,12 @@ static tilewright_status read_manifest(int directory, const char *path, char **t
                    "%s is not an artifact (" TW_MANIFEST ": %s); expected what `tilewright compile` writes", path, strerror(error));
 }
 
-static tilewright_status check_file(int directory, const char *path, const tw_file *expected, char *buffer)
+static tilewright_status check_file(int directory, const char *path, const tw_file *expected)
 {
-    int file = open_regular(directory, expected->name, NULL);
-    if (file < 0) return unreadable(path, expected->name, errno == EINVAL ? "not a regular file" : strerror(errno));
     char found[TW_SHA256_HEX];
-    tw_sha256 hash;
-    tw_sha256_init(&hash);
-    ssize_t count;
-    while ((count = read_fully(file, buffer, BUFFER)) > 0) tw_sha256_update(&hash, buffer, (size_t)count);
-    int error = errno;
-    close(file);
-    if (count < 0) return unreadable(path, expected->name, strerror(error));
-    tw_sha256_finish(&hash, found);
+    if (!tw_file_hash(directory, expected->name, found)) {
+        return unreadable(path, expected->name, errno == EINVAL ? "not a regular file" : strerror(errno));
+    }
     if (strcmp(found, expected->sha256) == 0) return TILEWRIGHT_OK;
     return tw_fail(TILEWRIGHT_INVALID_ARTIFACT,
                    "%s/%s was altered: its sha256 is %.12s..., the manifest says %.12s...; copy or compile it again", path,
@@ -114,25 +70,16 @@ static tilewright_status check_file(int directory, const char *path, const tw_fi
 
 static tilewright_status check_files(int directory, const char *path, const tw_manifest *manifest)
 {
-    char *buffer = malloc(BUFFER);
-    tilewright_status status = buffer ? TILEWRIGHT_OK : tw_out_of_memory();
+    tilewright_status status = TILEWRIGHT_OK;
     for (size_t i = 0; status == TILEWRIGHT_OK && i < manifest->file_count; ++i) {
-        status = check_file(directory, path, &manifest->files[i], buffer);
+        status = check_file(directory, path, &manifest->files[i]);
     }
-    free(buffer);
     return status;
 }
 
-static tilewright_status map_file(int directory, const char *path, const char *name, mapping *result)
+static tilewright_status map_file(int directory, const char *path, const char *name, tw_mapping *mapping)
 {
-    int file = open_regular(directory, name, &result->size);
-    if (file < 0) return unreadable(path, name, strerror(errno));
-    void *memory = mmap(NULL, result->size, PROT_READ, MAP_SHARED, file, 0);
-    int error = errno;
-    close(file);
-    if (memory == MAP_FAILED) return unreadable(path, name, strerror(error));
-    result->bytes = memory;
-    return TILEWRIGHT_OK;
+    return tw_file_map(directory, name, mapping) ? TILEWRIGHT_OK : unreadable(path, name, strerror(errno));
 }
 
 static bool has_file(const tw_manifest *manifest, const char *name)

@@ -215,8 +215,9 @@ def test_weights_that_do_not_belong_to_a_library_are_refused(models: Models, tmp
     (tmp_path / "altered").write_bytes(weights)
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "fifo")
-    assert "was altered" in error_of(program, tmp_path / "altered")
-    for name in ("empty", "fifo", "none", "."):
+    for name in ("altered", "empty"):
+        assert "was altered" in error_of(program, tmp_path / name)
+    for name in ("fifo", "none", "."):
         assert "cannot be read" in error_of(program, tmp_path / name)
     assert "no path was given" in error_of(program, "")
     whole = models.sanitized()

@@ -6,70 +6,47 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "engine.h"
 #include "error.h"
-#include "sha256.h"
-
-typedef struct {
-    void *bytes;
-    size_t size;
-} mapping;
+#include "file.h"
 
 static void release(void *argument)
 {
-    mapping *weights = argument;
-    if (weights->bytes) munmap(weights->bytes, weights->size);
+    tw_mapping *weights = argument;
+    tw_file_unmap(weights);
     free(weights);
 }
 
-/* Map the regular file at `path`; false and errno if that cannot be. */
-static bool map_file(const char *path, mapping *result)
+/* The sha256 that the manifest lists for the weights. */
+static const char *expected_hash(const tw_manifest *manifest)
 {
-    struct stat status;
-    int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (file < 0) return false;
-    int error = fstat(file, &status) != 0 ? errno : S_ISREG(status.st_mode) ? 0 : EINVAL;
-    if (!error) {
-        void *memory = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, file, 0);
-        error = errno;
-        if (memory != MAP_FAILED) {
-            *result = (mapping){memory, (size_t)status.st_size};
-            error = 0;
-        }
-    }
-    close(file);
-    errno = error;
-    return !error;
-}
-
-static tilewright_status check_weights(const char *path, const mapping *weights, const tw_manifest *manifest)
-{
-    char found[TW_SHA256_HEX];
-    tw_sha256 hash;
-    tw_sha256_init(&hash);
-    tw_sha256_update(&hash, weights->bytes, weights->size);
-    tw_sha256_finish(&hash, found);
     for (size_t i = 0; i < manifest->file_count; ++i) {
-        const tw_file *file = &manifest->files[i];
-        if (strcmp(file->name, TW_WEIGHTS) == 0 && strcmp(file->sha256, found) == 0) return TILEWRIGHT_OK;
+        if (strcmp(manifest->files[i].name, TW_WEIGHTS) == 0) return manifest->files[i].sha256;
     }
-    return tw_fail(TILEWRIGHT_INVALID_ARTIFACT, "%s is not the weights of this library, or was altered; copy it again", path);
+    return "";
 }
 
-static tilewright_status map_weights(const char *path, const tilewright_options *options, tilewright_engine *engine, mapping *held)
+static tilewright_status unreadable(const char *path)
+{
+    const char *reason = errno == EINVAL ? "not a regular file, or empty" : strerror(errno);
+    return tw_fail(TILEWRIGHT_INVALID_ARTIFACT, "%s cannot be read (%s); copy the weights again", path, reason);
+}
+
+static tilewright_status map_weights(const char *path, const tilewright_options *options, tilewright_engine *engine,
+                                     tw_mapping *held)
 {
     if (!path) {
-        return tw_fail(TILEWRIGHT_INVALID_INPUT, "no path was given; expected that of the weights, which lie beside the library");
+        return tw_fail(TILEWRIGHT_INVALID_INPUT, "no path was given; expected that of the weights beside the library");
     }
-    if (!map_file(path, held)) {
-        return tw_fail(TILEWRIGHT_INVALID_ARTIFACT, "%s cannot be read (%s); copy the weights again", path, strerror(errno));
+    if (!options || !(options->flags & TILEWRIGHT_TRUST_FILES)) {
+        char found[TW_SHA256_HEX];
+        if (!tw_file_hash(AT_FDCWD, path, found)) return unreadable(path);
+        if (strcmp(found, expected_hash(tw_engine_manifest(engine))) != 0) {
+            return tw_fail(TILEWRIGHT_INVALID_ARTIFACT, "%s is not this library's, or was altered; copy it again", path);
+        }
     }
-    if (options && options->flags & TILEWRIGHT_TRUST_FILES) return TILEWRIGHT_OK;
-    return check_weights(path, held, tw_engine_manifest(engine));
+    return tw_file_map(AT_FDCWD, path, held) ? TILEWRIGHT_OK : unreadable(path);
 }
 
 static void *find_symbol(void *context, const char *level, const char *name)
@@ -85,7 +62,7 @@ static tilewright_status load(const char *path, const tilewright_options *option
 {
     size_t embedded = (size_t)(tw_library_weights_end - tw_library_weights);
     size_t wordpiece = (size_t)(tw_library_wordpiece_end - tw_library_wordpiece);
-    mapping *held = calloc(1, sizeof *held);
+    tw_mapping *held = calloc(1, sizeof *held);
     if (!held) return tw_out_of_memory();
     tw_engine_on_close(engine, release, held);
     if (!embedded) {
