@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from benchmarks.machine import machine
 from tilewright.codegen.library import Library, runtime_sources
 from tilewright.compiler import compile
@@ -99,23 +102,20 @@ def size(path: Path) -> int:
 
 
 def installed(package: str) -> int:
-    """Bytes of an installed package with all that it requires."""
+    """Bytes of an installed package with all that it requires, byte code aside."""
     found: set[str] = set()
     todo = [package]
     total = 0
     while todo:
-        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        name = canonicalize_name(todo.pop())
         if name in found:
             continue
         found.add(name)
         each = distribution(name)
-        files = [Path(str(file.locate())) for file in each.files or []]
-        total += sum(file.stat().st_size for file in files if file.is_file() and file.suffix != ".pyc")
-        todo += [
-            re.split(r"[^\w.-]", line)[0]
-            for line in each.requires or []
-            if "extra ==" not in line and "sys_platform ==" not in line
-        ]
+        files = (Path(str(file.locate())) for file in each.files or [])
+        total += sum(file.stat().st_size for file in files if file.suffix != ".pyc" and file.is_file())
+        required = map(Requirement, each.requires or [])
+        todo += [one.name for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
     return total
 
 
