@@ -27,6 +27,7 @@ from tilewright.commands import (
     quantize,
     run,
     serve,
+    tune,
 )
 from tilewright.commands.output import fail
 from tilewright.errors import TilewrightError
@@ -34,6 +35,7 @@ from tilewright.errors import TilewrightError
 _EXTRAS = (
     {"onnxruntime": "bench"}
     | dict.fromkeys(("pydantic", "safetensors", "tvm", "tvm_ffi"), "compile")
+    | dict.fromkeys(("cloudpickle", "psutil", "tornado", "xgboost"), "tune")
     | dict.fromkeys(("accelerate", "matplotlib", "onnx", "torch", "torchmetrics", "transformers", "yaml"), "pipeline")
     | dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve")
 )
@@ -99,6 +101,7 @@ app.command("pack")(pack.pack)
 app.command("compress")(compress.compress)
 app.command("export")(export.export)
 app.command("compile")(compile.compile)
+app.command("tune")(tune.tune)
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
 app.command("benchmark")(benchmark.benchmark)

@@ -233,6 +233,14 @@ def find_log(path: Path | None, cpu: str | None) -> Log:
     return Log() if cpu is None else _packaged(cpu)
 
 
+def known_logs(directory: Path, but: Path) -> list[Log]:
+    """The logs of other CPUs: those in `directory` less the file `but`, and those that come along."""
+    paths = sorted(directory.glob("*.jsonl")) if directory.is_dir() else []
+    with as_file(files("tilewright.tuning_logs")) as packaged:
+        paths += sorted(packaged.glob("*.jsonl"))
+        return [read_log(path) for path in dict.fromkeys(map(Path.resolve, paths)) if path != but.resolve()]
+
+
 def log_name(cpu: str) -> str:
     """File name of the log of an LLVM CPU."""
     return f"{cpu}.jsonl"
