@@ -134,38 +134,38 @@ def plot(reports: Sequence[Report], directory: Path) -> list[Path]:
 
 
 def _by_length(rows: Sequence[Row], path: Path) -> Path:
-    figure, axes = _figure("DistilBERT, 80 % zero, batch 1, 1 thread")
+    figure, axes = new_figure("DistilBERT, 80 % zero, batch 1, 1 thread")
     engines = _ordered(row["engine"] for row in rows)
     for index, engine in enumerate(engines):
         points = sorted((int(row["shape"][2:]), row["ms"]) for row in rows if row["engine"] == engine)
-        look = {"color": _color(index, len(engines)), "marker": "osv^D"[index % 5]}
+        look = {"color": line_color(index, len(engines)), "marker": "osv^D"[index % 5]}
         look |= {"linestyle": ":"} if engine.startswith(_FLOOR) else {"linewidth": 2.5} if engine.startswith(_OURS) else {}
         axes.plot(*zip(*points, strict=True), label=engine, **look)
     ticks = sorted({int(row["shape"][2:]) for row in rows})
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
-    return _save(figure, axes, path)
+    return save_figure(figure, axes, path)
 
 
 def _by_kernel(profiles: Sequence[Row], path: Path) -> Path:
-    figure, axes = _figure("Where our time goes: DistilBERT, 80 % zero, 1 thread")
+    figure, axes = new_figure("Where our time goes: DistilBERT, 80 % zero, 1 thread")
     profiles = sorted(profiles, key=lambda entry: (entry["engine"], _size(entry["shape"])))
     names = [f"{entry['engine'].removeprefix(_OURS)}, {entry['shape']}" for entry in profiles]
     kernels = _unique(name for entry in profiles for name in entry["microseconds"])
     left = [0.0] * len(profiles)
     for index, kernel in enumerate(kernels):
         shares = [100 * entry["microseconds"].get(kernel, 0.0) / sum(entry["microseconds"].values()) for entry in profiles]
-        axes.barh(names, shares, left=left, label=kernel, color=_color(index, len(kernels)))
+        axes.barh(names, shares, left=left, label=kernel, color=line_color(index, len(kernels)))
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="% of a call's time")
-    return _save(figure, axes, path)
+    return save_figure(figure, axes, path)
 
 
 def _efficiency(rows: Sequence[Row], path: Path) -> Path:
     """The floor's time over ours, by shape, one line for each level and sparsity."""
-    figure, axes = _figure("Share of the core's peak: DistilBERT, 1 thread")
+    figure, axes = new_figure("Share of the core's peak: DistilBERT, 1 thread")
     times = {(row["engine"], row["sparsity"], row["shape"]): row["ms"] for row in rows}
     shapes = sorted({row["shape"] for row in rows}, key=_size)
     axes.xaxis.update_units(shapes)  # no line has all of them: the axis would take them in the order of their appearance
@@ -179,9 +179,9 @@ def _efficiency(rows: Sequence[Row], path: Path) -> Path:
         ]
         if points:
             label = f"{level}, {1 - sparsity:.0%} non-zero"
-            axes.plot(*zip(*points, strict=True), marker="osv^D"[index % 5], color=_color(index, len(lines)), label=label)
+            axes.plot(*zip(*points, strict=True), marker="osv^D"[index % 5], color=line_color(index, len(lines)), label=label)
     axes.set(xlabel="batch x length", ylabel="% of peak, on non-zero weights", ylim=(0, 100))
-    return _save(figure, axes, path)
+    return save_figure(figure, axes, path)
 
 
 def _size(shape: str) -> list[int]:
@@ -189,7 +189,7 @@ def _size(shape: str) -> list[int]:
     return [int(part) for part in shape.split("x")]
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def new_figure(title: str) -> tuple[Any, Any]:
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(9, 5), layout="constrained")
@@ -200,13 +200,13 @@ def _figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _color(index: int, count: int) -> Any:
+def line_color(index: int, count: int) -> Any:
     import matplotlib
 
     return matplotlib.colormaps["turbo"](0.05 + 0.9 * index / max(1, count - 1))
 
 
-def _save(figure: Any, axes: Any, path: Path) -> Path:
+def save_figure(figure: Any, axes: Any, path: Path) -> Path:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
     return path
