@@ -55,8 +55,8 @@ class LayerKernel:
         return np.concatenate([part.weight for part in self.parts]).astype(np.int8)
 
     def decided(self, decisions: Decisions) -> KernelSpec:
-        """The spec with other decisions."""
-        return replace(self.spec, decisions=decisions)
+        """The spec with other decisions, for any number of tokens."""
+        return replace(self.spec, decisions=decisions, buckets=())
 
 
 def function(spec: KernelSpec, detail: Epilogue | Context) -> tvm.tirx.PrimFunc:
