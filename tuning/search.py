@@ -202,20 +202,26 @@ class Search:
     def _final(self, task: Task, tokens: int, group: Sequence[Tried], otherwise: bool = True) -> Found:
         """The best of a group in a bucket, in turns with the default.
 
+        What was chosen for its samples looks better in them than it is, so it is measured once more, and told by that.
         otherwise: whether the default is taken where none is certain to gain enough.
         """
         ranked = sorted(group, key=lambda one: one.ratios[tokens])[: self.settings.finalists]
         # those of earlier runs were not built in this one
         finalists = [made for _, made in self.bench.prepare([(task, one.decisions) for one in ranked])]
+        found = self._hold(task, tokens, finalists, otherwise)
+        return found if found.decisions == task.default else self._hold(task, tokens, [found.decisions], otherwise)
+
+    def _hold(self, task: Task, tokens: int, finalists: Sequence[Decisions], otherwise: bool) -> Found:
+        """Hold candidates against the default."""
         made = self.bench.turns(task, tokens, [task.default, *finalists], self.settings.final_rounds)
         default = tuple(made.seconds[task.default])
         peak = statistics.median(made.peaks) if made.peaks else 0.0
+        same = Found(task, tokens, task.default, default, default, peak)
         if made.disturbed and not self.settings.accept_disturbed:
             self.note(f"{task.name} at {tokens} tokens: refused, because the machine was busy with something else")
-            return Found(task, tokens, task.default, default, default, peak)
+            return same
         founds = [Found(task, tokens, one, tuple(made.seconds[one]), default, peak) for one in finalists]
         certain = [one for one in founds if one.gain.low > self.settings.least] if otherwise else founds
-        same = Found(task, tokens, task.default, default, default, peak)
         return max(certain, key=lambda one: one.gain.median, default=same)
 
 
