@@ -307,6 +307,37 @@ static tilewright_status read_program_outputs(tw_arena *arena, const tw_manifest
     return valid ? TILEWRIGHT_OK : invalid("it lists other outputs than its module gives at level", level->name);
 }
 
+/* Whether values are there when they are needed: an output is one that a kernel takes, and so writes, and no two values share a
+   storage that both need at the time of some call, or after the last. */
+static tilewright_status check_lifetimes(tw_arena *arena, const tw_manifest *manifest, const tw_level *level)
+{
+    size_t *end = allocate(arena, level->value_count, sizeof *end); /* behind the last call that takes a value; 0 of none */
+    size_t *holder = allocate(arena, level->storage_count, sizeof *holder); /* number of the value in a storage, from 1 on */
+    if (!end || !holder) return tw_out_of_memory();
+    for (size_t i = 0; i < level->call_count; ++i) {
+        const tw_call *call = &level->calls[i];
+        for (size_t j = 0; j < call->argument_count; ++j) {
+            if (call->arguments[j].kind == TW_VALUE) end[call->arguments[j].index] = i + 1;
+        }
+    }
+    for (size_t i = 0; i < manifest->output_count; ++i) {
+        if (!end[level->outputs[i]]) return invalid("an output is written by no kernel in the program of", level->name);
+        end[level->outputs[i]] = level->call_count + 1;
+    }
+    for (size_t i = 0; i < level->call_count; ++i) {
+        const tw_call *call = &level->calls[i];
+        for (size_t j = 0; j < call->argument_count; ++j) {
+            if (call->arguments[j].kind != TW_VALUE) continue;
+            size_t value = call->arguments[j].index, *held = &holder[level->values[value].storage];
+            if (*held && *held != value + 1 && end[*held - 1] > i) {
+                return invalid("two values share a storage that both need in the program of", level->name);
+            }
+            *held = value + 1;
+        }
+    }
+    return TILEWRIGHT_OK;
+}
+
 static tilewright_status read_level(tw_arena *arena, const tw_manifest *manifest, const tw_json *value, tw_level *level)
 {
     const tw_json *features = tw_json_get(value, "features"), *parameters = tw_json_get(value, "parameters");
@@ -334,6 +365,7 @@ static tilewright_status read_level(tw_arena *arena, const tw_manifest *manifest
     if (status == TILEWRIGHT_OK) status = read_values(arena, program, level);
     if (status == TILEWRIGHT_OK) status = read_calls(arena, manifest, program, level);
     if (status == TILEWRIGHT_OK) status = read_program_outputs(arena, manifest, program, level);
+    if (status == TILEWRIGHT_OK) status = check_lifetimes(arena, manifest, level);
     return status;
 }
 

@@ -131,6 +131,18 @@ def parameter(suffix: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def program(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    """Changes the program of every level."""
+    return lambda m: [change(level["program"]) for level in m["levels"]]
+
+
+def unwritten(program: dict[str, Any]) -> int:
+    """A new value like the first output, with a storage of its own, that no kernel takes."""
+    values = program["values"]
+    values.append({**values[program["outputs"][0]], "storage": len(values)})
+    return len(values) - 1
+
+
 MANIFESTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (limits(vocab_size=60), "`limits.vocab_size` is 60"),
     (limits(max_positions=64), "`limits.max_positions` is 64"),
@@ -145,6 +157,8 @@ MANIFESTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (parameter(".gamma", tensor="embeddings.norm.quant"), "is float32[2], but"),
     (parameter(".gamma", role="addresses"), "holds addresses, which must be"),
     (parameter(".gamma", role="poetry"), "must be one of values, addresses"),
+    (program(lambda p: [value.update(storage=0) for value in p["values"]]), "share a storage"),
+    (program(lambda p: p["outputs"].__setitem__(0, unwritten(p))), "an output is written by no kernel"),
     (lambda m: m["provenance"].update(steps=5), "`provenance.steps` must be a list"),
     (lambda m: m["provenance"]["steps"].append(5), "`provenance.steps` must be a list"),
     (lambda m: m["provenance"]["steps"][-1].update(notes=7), "must be lists of texts"),
