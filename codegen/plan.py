@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from tilewright.codegen.decisions import AttentionDecisions, Block, LinearDecisions, TokenBucket
 from tilewright.codegen.formats import Format, Layout
 
+RUN_TOKENS = 256
+"""So many tokens' activations stay in a core's L2 cache."""
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -45,8 +48,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a whole model for one ISA level. `residual` is the layout of the float32 stream."""
+    """The plan of a whole model for one ISA level.
+
+    residual: layout of the float32 stream. run_tokens: tokens that one run takes for each thread, if it has more than one
+    sequence.
+    """
 
     isa: str
     layers: tuple[LayerPlan, ...]
     residual: Layout
+    run_tokens: int = RUN_TOKENS

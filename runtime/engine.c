@@ -16,9 +16,8 @@
 
 enum {
     MAX_THREADS = 1024,
-    RUN_TOKENS = 256, /* of one run for each thread, if a batch has more than one sequence: activations stay in the L2 cache */
-    LINE = 64,        /* alignment of all arrays, in bytes */
-    INDEX_WIDTH = 32  /* bits of ids, positions, types and offsets for kernels */
+    LINE = 64,       /* alignment of all arrays, in bytes */
+    INDEX_WIDTH = 32 /* bits of ids, positions, types and offsets for kernels */
 };
 
 typedef struct {
@@ -119,7 +118,7 @@ static void describe(tilewright_engine *engine)
         .outputs = manifest->output_count,
         .output = manifest->outputs,
     };
-    int64_t most = (int64_t)RUN_TOKENS * engine->options.threads;
+    int64_t most = engine->level->run_tokens * engine->options.threads;
     engine->run_tokens = most < manifest->max_tokens ? most : manifest->max_tokens;
 }
 

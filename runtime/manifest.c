@@ -348,6 +348,8 @@ static tilewright_status read_level(tw_arena *arena, const tw_manifest *manifest
         return invalid("a level is not described as it must be", NULL);
     }
     if (!lists_file(manifest, level->library)) return invalid("`files` must list", level->library);
+    bool counted = tw_json_integer(tw_json_get(value, "run_tokens"), &level->run_tokens);
+    if (!counted || level->run_tokens < 1 || level->run_tokens > MAX_TOKENS) return invalid("no valid `run_tokens` of", level->name);
     const char **feature = allocate(arena, features->length, sizeof *feature);
     tw_parameter *parameter = allocate(arena, parameters->length, sizeof *parameter);
     if (!feature || !parameter) return tw_out_of_memory();

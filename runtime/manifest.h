@@ -53,6 +53,7 @@ typedef struct {
 
 typedef struct {
     const char *name, *library;
+    int64_t run_tokens; /* of one run for each thread, if it has more than one sequence */
     size_t feature_count, parameter_count, storage_count, value_count, call_count;
     const char *const *features; /* LLVM's names */
     const tw_parameter *parameters;

@@ -84,6 +84,8 @@ def test_manifest_round_trips_and_hashes_every_other_file(toy_artifact: Path) ->
         (lambda m: m["outputs"][0].update(per="word"), r"'outputs\[0\].per' must be one of token, sequence"),
         (lambda m: m["limits"].update(max_tokens=True), "'limits.max_tokens' must be int"),
         (lambda m: m["limits"].update(max_tokens=40), "multiple of 16"),
+        (lambda m: m["levels"][0].update(run_tokens=0), "`run_tokens` must be 1 to"),
+        (lambda m: m["levels"][0].update(run_tokens=1 << 40), "`run_tokens` must be 1 to"),
         (lambda m: m["limits"].update(vocab_size=0), "positive"),
         (lambda m: m["outputs"][0].update(squeeze=True), "squeeze"),
         (lambda m: m.update(outputs=[]), "distinct and not empty"),

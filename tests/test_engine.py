@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,18 @@ def test_a_batch_is_split_between_sequences_and_no_more_than_the_limit_asks(
         runs, tokens = (runs, tokens + length) if tokens + length <= toy.LIMITS.max_tokens else (runs + 1, length)
     calls = {kernel.name: kernel.calls for kernel in engine.profile({"input_ids": ids, "attention_mask": mask}, iterations=1)}
     assert calls == {"hidden": runs, "score": runs, "total": runs, "other": 1}
+
+
+def test_a_run_takes_as_many_tokens_for_each_thread_as_the_level_says(tmp_path: Path, toy_library: Path) -> None:
+    (level,) = toy.MANIFEST.levels
+    manifest = replace(toy.MANIFEST, levels=(replace(level, run_tokens=16),))
+    artifact = toy.write(tmp_path / "toy.tw", toy_library, manifest)
+    for threads, lengths, runs in ((1, [8] * 5, 3), (2, [8] * 5, 2), (1, [30, 2], 2), (1, [32], 1)):
+        ids, mask = pad([[1] * length for length in lengths])
+        few = tilewright.load(artifact, num_threads=threads)
+        calls = {kernel.name: kernel.calls for kernel in few.profile({"input_ids": ids, "attention_mask": mask}, iterations=1)}
+        assert calls["hidden"] == runs
+        check(few(ids, mask), [[1] * length for length in lengths], mask)
 
 
 def test_token_types_reach_the_module(engine: tilewright.Engine) -> None:

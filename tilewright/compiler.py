@@ -163,7 +163,9 @@ def _level(isa: Isa, lowered: Lowered, parameters: dict[str, str], replayed: Rep
         for name, tensor in parameters.items()
     }
     tuning = {name: tuple(map(_tuning, records)) for name, records in replayed.applied.items()}
-    return LevelRecord(isa.name, isa.features, library_name(isa.name), described, layers, tuning, program)
+    return LevelRecord(
+        isa.name, isa.features, library_name(isa.name), described, layers, tuning, program, replayed.plan.run_tokens
+    )
 
 
 def _tuning(record: Record) -> TuningRecord:

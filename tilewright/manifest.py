@@ -131,7 +131,8 @@ class LevelRecord:
 
     features: what the CPU must have, by LLVM's names (avx2, fma, avx512vnni, amx-int8). library: its file. parameters: the
     kernels' parameters. layers: how Linears were compiled. tuning: by which records, by name of the kernel; those that
-    are not in it have default decisions. program: the calls of kernels that run the model.
+    are not in it have default decisions. program: the calls of kernels that run the model. run_tokens: how many tokens one run
+    takes for each thread, if it has more than one sequence.
     """
 
     name: str
@@ -141,6 +142,7 @@ class LevelRecord:
     layers: tuple[LayerRecord, ...] = ()
     tuning: dict[str, tuple[TuningRecord, ...]] = field(default_factory=dict)
     program: Program = field(default_factory=Program)
+    run_tokens: int = 256
 
     def missing(self, available: Collection[str]) -> tuple[str, ...]:
         """The features it needs that `available` lacks."""
@@ -239,6 +241,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return f"`max_tokens` must be a multiple of {GROUP} that holds a sequence of `max_positions`"
     if not 0 < len({level.name for level in manifest.levels}) == len(manifest.levels):
         return "`levels` must be distinct and not empty"
+    if any(not 1 <= level.run_tokens <= MAX_TOKENS for level in manifest.levels):
+        return f"`run_tokens` must be 1 to {MAX_TOKENS}"
     for name in (WEIGHTS, *(level.library for level in manifest.levels)):
         if name not in files:
             return f"`files` must list {name}"
