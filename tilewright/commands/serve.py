@@ -63,18 +63,19 @@ def serve(
         raise InvalidInput("--latency-bound chooses these itself; drop --instances, --threads and --batch-tokens")
     settings = Settings(max_requests, max_bytes, max_inputs, max_tokens, timeout, api_key)
     named = _names(artifacts)
-    listening = process.bind(host, port)
-    if latency_bound is None:
-        services = _divide(named, isa, instances, threads, batch_tokens)
-    else:
-        services = _search(named, isa, latency_bound, seq_len, duration)
-    for service in services:
-        size = f"{service.instances} instance(s) of {service.launch.threads} thread(s)"
-        stderr().print(f"{service.name}: {size}, up to {service.batch_tokens} tokens a call", markup=False)
-    if api_key is None and not listening.getsockname()[0].startswith(("127.", "::1")):
-        stderr().print(f"note: anyone who reaches {host} can use this server; --api-key asks for a key", markup=False)
     console = stderr()
-    asyncio.run(process.serve(services, settings, listening, lambda url: console.print(f"listening on {url}", markup=False)))
+    with process.bind(host, port) as listening:
+        if latency_bound is None:
+            services = _divide(named, isa, instances, threads, batch_tokens)
+        else:
+            services = _search(named, isa, latency_bound, seq_len, duration)
+        for service in services:
+            size = f"{service.instances} instance(s) of {service.launch.threads} thread(s)"
+            console.print(f"{service.name}: {size}, up to {service.batch_tokens} tokens a call", markup=False)
+        if api_key is None and not listening.getsockname()[0].startswith(("127.", "::1")):
+            console.print(f"note: anyone who reaches {host} can use this server; --api-key asks for a key", markup=False)
+        serving = process.serve(services, settings, listening, lambda url: console.print(f"listening on {url}", markup=False))
+        asyncio.run(serving)
 
 
 def _names(artifacts: list[str]) -> dict[str, Path]:
