@@ -276,6 +276,28 @@ def test_a_record_may_store_a_matrix_otherwise(model: EncoderModel, default: Pla
     assert set(found.applied) == {"layer0.down", "layer0.up"}
 
 
+def test_buckets_of_tokens_are_compiled_into_one_kernel(model: EncoderModel, default: Plan) -> None:
+    """Those that read the same packed weights; the largest one known is for all larger calls."""
+    up = layer_kernels(model, default)[3]
+    made = up.spec.linear
+    alike = [one for one in candidates(up) if isinstance(one, LinearDecisions) and one.packing == made.packing and one != made]
+    other = next(one for one in candidates(up) if isinstance(one, LinearDecisions) and one.packing != made.packing)
+
+    def at(tokens: int, decisions: LinearDecisions) -> Record:
+        hashed = kernel_hash(up.decided(decisions), up.detail)
+        return record(up, tokens, decisions=encode(decisions), hash=hashed)
+
+    first, second = alike[:2]
+    found = replay(model, default, Log.of([at(16, first), at(32, other), at(64, second), at(128, second)]))
+    plan = found.plan.layers[0].up
+    assert plan.decisions == second
+    assert [(bucket.groups, bucket.decisions) for bucket in plan.buckets] == [(1, first)]  # 64 is part of what follows
+    used = [Workload.parse(one.key).tokens for one in found.applied["layer0.up"]]
+    assert used == [16, 64, 128]
+    spec = layer_kernels(model, found.plan)[3].spec
+    assert spec.buckets == plan.buckets
+
+
 def test_compiling_by_a_log_changes_kernels_and_no_result(model: EncoderModel, log: Log, tmp_path: Path) -> None:
     log.write(tmp_path / "logs" / "znver3.jsonl")
     plain = tilewright.compile(model, "avx2", tmp_path / "plain.tw")

@@ -15,10 +15,11 @@ from tilewright.predict import Sizes
 from tilewright.schedules import rates
 from tilewright.schedules.choice import plan
 from tilewright.schedules.isa import ISAS
+from tilewright.tuning.candidates import packing
 from tilewright.tuning.cost import CostModel, predicted, spearman
 from tilewright.tuning.records import Log, Machine, encode, read_log
 from tilewright.tuning.search import Budget, Found, Search, Settings, Turns, best_so_far
-from tilewright.tuning.tasks import Task, Tried, next_task, packing, shares, tasks_of
+from tilewright.tuning.tasks import Task, Tried, next_task, shares, tasks_of
 from tilewright.tuning.tune import Session
 
 MODEL = random_encoder(Sizes("searched", 2, 64, 4, 128), (4, 1), 0.8)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from tilewright.codegen.decisions import Storage
+from tilewright.codegen.decisions import LinearDecisions, Storage
 from tilewright.codegen.layer_kernels import Decisions, LayerKernel
 from tilewright.codegen.workload import Workload
 from tilewright.schedules.choice import admits
@@ -28,3 +29,8 @@ def candidates(kernel: LayerKernel) -> tuple[Decisions, ...]:
     weight = kernel.weight if kernel.parts else None
     found = space(kernel.workload, lambda storage: weight is None or admits(storage, isa, weight))
     return tuple(dict.fromkeys((default, *found)))
+
+
+def packing(made: Decisions) -> Any:
+    """What decisions of several buckets must agree in, because they read the same packed weights."""
+    return made.packing if isinstance(made, LinearDecisions) else None

@@ -16,10 +16,11 @@ from tilewright.codegen.formats import GROUP
 from tilewright.codegen.layer_kernels import Context, Decisions, LayerKernel
 from tilewright.codegen.packing import pack_linear
 from tilewright.tuning.builds import Builder, Built
+from tilewright.tuning.candidates import packing
 from tilewright.tuning.host import Connect, Host, HostLost
 from tilewright.tuning.peak import Loop
 from tilewright.tuning.search import Turns
-from tilewright.tuning.tasks import Task, packing
+from tilewright.tuning.tasks import Task
 
 TURN = 0.002
 """Seconds of one kernel's turn, and of the peak loop's."""

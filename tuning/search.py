@@ -12,10 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from tilewright.codegen.layer_kernels import Decisions
+from tilewright.tuning.candidates import packing
 from tilewright.tuning.cost import CostModel, Sample
 from tilewright.tuning.records import encode
 from tilewright.tuning.statistics import Gain, gain
-from tilewright.tuning.tasks import Task, Tried, mean_ratio, next_task, packing
+from tilewright.tuning.tasks import Task, Tried, mean_ratio, next_task
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from tilewright.codegen.decisions import LinearDecisions
 from tilewright.codegen.layer_kernels import Decisions, LayerKernel
 from tilewright.codegen.workload import Workload
 from tilewright.tuning.candidates import candidates
@@ -96,11 +94,6 @@ def next_task(tasks: Sequence[Task], batch: int, limit: int) -> Task | None:
     return max(
         able, key=lambda task: (share[task.kernel.workload.key()] / (len(task.trials) // batch + 1), task.name), default=None
     )
-
-
-def packing(made: Decisions) -> Any:
-    """What decisions of several buckets must agree in, because they read the same packed weights."""
-    return made.packing if isinstance(made, LinearDecisions) else None
 
 
 def mean_ratio(ratios: Mapping[int, float]) -> float:
