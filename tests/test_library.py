@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import tilewright
 from tests import tiny
 from tests.native import SANITIZERS, compile_c
+from tests.native import runtime_sources as native_sources
 from tests.test_cli import ok_json, refused
 from tests.wordpiece import UNCASED
 from tilewright.codegen.header import api, header
@@ -124,6 +125,13 @@ def test_c_example_and_runtime_under_sanitizers_equal_python(models: Models, tmp
     assert sorted(os.listdir(directory)) == ["libminilm.a", "minilm.h"]
     program = compile_c(tmp_path / "embed", [C, directory / "libminilm.a"], *SANITIZERS, f"-I{directory}")
     check_equal(embeddings(program, "", TEXTS), models)
+
+
+def test_c_example_on_an_artifact_is_the_same_but_for_the_prefix(models: Models, tmp_path: Path) -> None:
+    text = C.read_text("utf-8").replace("minilm.h", "tilewright.h").replace("minilm_", "tilewright_")
+    (tmp_path / "embed.c").write_text(text.replace("MINILM_", "TILEWRIGHT_"))
+    program = compile_c(tmp_path / "embed", [tmp_path / "embed.c", *native_sources()], *SANITIZERS)
+    check_equal(embeddings(program, models.artifact(0), TEXTS), models)
 
 
 @pytest.mark.timeout(900)  # zig compiles musl itself at its first use

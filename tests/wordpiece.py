@@ -17,13 +17,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from tests.native import RUNTIME, SANITIZERS, compile_c
 from tilewright.codegen.characters import Settings, rules
 from tilewright.codegen.wordpiece import wordpiece_table
 
 ROOT = Path(__file__).parent.parent
 UNCASED = ROOT / "models/minilm-l6-80-4x1/tokenizer.json"
-SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_FORTIFY_SOURCE=0")
-_WARN = ("-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror")
 _SOURCES = ("wordpiece", "wordpiece_table", "normalize")
 _NO_LIMIT = 2**64 - 1
 
@@ -33,10 +32,8 @@ Tokens = tuple[list[int], list[int]]
 
 def build_driver(directory: Path) -> Path:
     """Compile the C tokenizer, under sanitizers, to a program that answers requests."""
-    program = directory / "wordpiece"
-    sources = [ROOT / "tests/native/wordpiece.c", *(ROOT / f"runtime/{name}.c" for name in _SOURCES)]
-    subprocess.run(["gcc", *_WARN, "-O1", *SANITIZE, f"-I{ROOT / 'runtime'}", *sources, "-o", program], check=True)
-    return program
+    sources = [ROOT / "tests/native/wordpiece.c", *(RUNTIME / f"{name}.c" for name in _SOURCES)]
+    return compile_c(directory / "wordpiece", sources, *SANITIZERS)
 
 
 class Driver:
