@@ -30,7 +30,8 @@ from tilewright.pipeline import quantize
 ROOT = Path(__file__).parent.parent
 C, CPP = ROOT / "examples/c/embed.c", ROOT / "examples/cpp/similarity.cpp"
 TEXTS = ["a bad cab", "Dab, a [MASK] é!", "", "fade " * 40]
-MUSL = (sys.executable, "-m", "ziglang", "cc", "--target=x86_64-linux-musl")
+ZIG = (sys.executable, "-m", "ziglang", "cc")
+MUSL, GLIBC_2_17 = (*ZIG, "--target=x86_64-linux-musl"), (*ZIG, "--target=x86_64-linux-gnu.2.17")
 RUNTIME_HEADER = (ROOT / "runtime/tilewright.h").read_text("utf-8")
 
 
@@ -142,6 +143,12 @@ def test_c_example_linked_statically_with_musl_equals_python(models: Models, tmp
     subprocess.run(command, check=True)
     assert b"interpreter" not in subprocess.run(["readelf", "-l", program], check=True, capture_output=True).stdout
     check_equal(embeddings(program, "", TEXTS), models)
+
+
+def test_a_shared_library_for_an_older_glibc(models: Models) -> None:
+    library = models.library(1, Library("c-library", "old"), GLIBC_2_17) / "libold.so"
+    used = subprocess.run(["objdump", "-T", library], check=True, capture_output=True, text=True).stdout
+    assert max(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", used)) == 17
 
 
 @pytest.mark.parametrize("flags", [(), SANITIZERS], ids=["plain", "sanitizers"])
