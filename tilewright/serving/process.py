@@ -40,6 +40,7 @@ async def serve(
     app = create_app(services, settings)
     config = uvicorn.Config(
         app,
+        http="h11",  # which bounds the headers of a request; uvicorn would take httptools where that is installed
         log_level="error",  # a warning for every request that is no HTTP would let anyone fill the log
         access_log=False,
         lifespan="off",  # uvicorn would print a traceback where loading fails
