@@ -92,7 +92,7 @@ class Runtime:
     def open(cls, artifact: Path, level: str, threads: int) -> Runtime:
         """Open the artifact directory at `artifact`, checking every file; raises what `tilewright.load` does."""
         handle = ctypes.c_void_p()
-        options = Options(threads=threads, level=level.encode())
+        options = Options(threads=threads, level=level.encode("utf-8", "backslashreplace"))
         check(library().tilewright_open(bytes(artifact), ctypes.byref(options), ctypes.byref(handle)))
         return cls(handle)
 
