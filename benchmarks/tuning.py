@@ -10,7 +10,10 @@ measurements, which are fewer and so flatter themselves a little.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +23,13 @@ import numpy as np
 
 from benchmarks.report import line_color, new_figure, save_figure
 from tilewright.codegen.workload import Workload
+from tilewright.schedules import rates
+from tilewright.tuning.cost import CostModel, Sample, by_rates, samples_of, spearman
 from tilewright.tuning.records import Log, Record, read_log
 from tilewright.tuning.search import best_so_far
+
+FEWEST_RANKED = 4
+"""Candidates of a workload from which on their order means something."""
 
 SHARES = (8, 16, 32, 64)
 """Trials after which the share of the final gain is told."""
@@ -117,6 +125,36 @@ def _gains(records: Sequence[Record], level: str, path: Path) -> Path:
     return save_figure(figure, axes, path)
 
 
+def ranking(samples: Sequence[Sample], cpu: str, folds: int = 3) -> Mapping[str, float]:
+    """Mean rank correlation (Spearman) of predictions with what was measured, of candidates that the model did not see.
+
+    Beside the model's, that of rates alone and that of a random order.
+    """
+    draw = random.Random(0)
+    candidates = sorted({_identity(one) for one in samples})
+    draw.shuffle(candidates)
+    fold = {one: index % folds for index, one in enumerate(candidates)}
+    found: dict[str, list[float]] = {"model": [], "rates": [], "random": []}
+    for level, left_out in itertools.product(sorted({one.task.isa for one in samples}), range(folds)):
+        known = rates.find(level, cpu)
+        model = CostModel(known, [one for one in samples if fold[_identity(one)] != left_out])
+        for key in sorted({one.task.key() for one in samples if one.task.isa == level}):
+            tested = [one for one in samples if one.task.key() == key and fold[_identity(one)] == left_out]
+            if len(tested) < FEWEST_RANKED:
+                continue
+            (task, default), truth = (tested[0].task, tested[0].default), [one.ratio for one in tested]
+            decisions = [one.decisions for one in tested]
+            found["model"].append(spearman(model.predict(task, decisions, default), truth))
+            found["rates"].append(spearman([by_rates(task, one, default, known) for one in decisions], truth))
+            found["random"].append(spearman([draw.random() for _ in tested], truth))
+    return {name: statistics.mean(values or [0.0]) for name, values in found.items()}
+
+
+def _identity(sample: Sample) -> tuple[str, str]:
+    """A candidate, whatever the number of tokens."""
+    return sample.task.at(0, 1).key(), json.dumps(sample.decisions, sort_keys=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path)
@@ -124,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     options = parser.parse_args(arguments)
     log = read_log(options.log)
     print(markdown(log))
+    ranks = ", ".join(f"{name} {value:.2f}" for name, value in ranking(samples_of(log), options.log.stem).items())
+    print(f"Rank correlation of predictions with candidates that the model did not see: {ranks}.\n")
     made = plot(log, options.plots, options.log.stem) if options.plots else []
     for path in made:
         print(f"![{path.stem.replace('_', ' ')}]({path})")

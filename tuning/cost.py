@@ -19,8 +19,8 @@ from tilewright.tuning.records import Log, Values
 FEWEST = 24
 """Trials from which on the model is asked."""
 
-CHANGE = 0.01
-"""What a changed decision is taken to cost while nothing was measured: the defaults were chosen with care."""
+CHANGE = 0.001
+"""What a changed decision is taken to cost, so that of those that rates cannot tell apart the fewest changes come first."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +73,35 @@ class CostModel:
         if self._fitted is None or self._fitted[2] != len(self._samples):
             rows = [features(one.task, one.decisions, one.default) for one in self._samples]
             names = sorted({name for row in rows for name in row})
-            # what is several times slower is not told apart: a few wild candidates would be all that the model fits
-            costs = np.clip([math.log(one.ratio) for one in self._samples], -2.0, 2.0)
+            # a few wild candidates must not be all that the model fits
+            costs = np.clip([math.log(one.ratio) for one in self._samples], -3.0, 3.0)
             targets = costs - [predicted(one.task, one.decisions, one.default, self._rates) for one in self._samples]
-            settings = {"max_depth": 4, "eta": 0.1, "subsample": 0.9, "colsample_bytree": 0.7, "nthread": 1, "seed": self._seed}
-            model = xgboost.train(settings, xgboost.DMatrix(_matrix(rows, names), targets), num_boost_round=120)
+            settings = {"max_depth": 3, "eta": 0.1, "lambda": 10, "subsample": 0.8, "nthread": 1, "seed": self._seed}
+            model = xgboost.train(settings, xgboost.DMatrix(_matrix(rows, names), targets), num_boost_round=60)
             self._fitted = model, names, len(self._samples)
         return self._fitted[0], self._fitted[1]
 
 
 def predicted(task: Workload, decisions: Values, default: Values, rates: LevelRates | None) -> float:
     """The logarithm of the expected ratio by the table of rates, which knows storages, and the number of changes."""
-    changed = CHANGE * changes(decisions, default)
+    return by_rates(task, decisions, default, rates) + CHANGE * changes(decisions, default)
+
+
+def by_rates(task: Workload, decisions: Values, default: Values, rates: LevelRates | None) -> float:
+    """The logarithm of the expected ratio by the table of rates alone; 0 where it does not know a storage."""
     if rates is None or "storage" not in decisions:
-        return changed
+        return 0.0
     cycles = []
     for values in (decisions, default):
         held = values["storage"]
         rate = rates.of(Storage(held["family"], held["block"] and (held["block"][0], held["block"][1])))
         if rate is None:
-            return changed
+            return 0.0
         density = task.density / 100 if held["block"] else 1.0
         head = task.epilogue.partition("@")[0].partition(">")[0]
         kind: Any = head if head in ("qkv", "add_norm") else "activate"
         cycles.append(rate.cycles(task.n, task.k, density, kind))
-    return math.log(cycles[0] / cycles[1]) + changed
+    return math.log(cycles[0] / cycles[1])
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
