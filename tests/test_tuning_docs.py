@@ -53,6 +53,9 @@ def test_from_nothing_to_a_tuned_artifact(model: Path, tmp_path: Path, monkeypat
     used = {record["key"] for kernel in kernels for record in kernel["records"]}
     linear = {key for key in log.records if ":attention:" not in key}
     assert used == linear
+    verified = ok_json("logs", "verify", found["logs"][0])["records"]
+    assert [row["key"] for row in verified] == list(log.records)
+    assert all(row["gain"] and not row["reason"] for row in verified)
     made = tuning.main([found["logs"][0], "--plots", str(tmp_path / "plots")])
     assert [path.suffix for path in made] == [".png", ".png"]
     assert all(path.stat().st_size > 1000 for path in made)

@@ -115,7 +115,7 @@ _recipes.command("show")(compress.show_recipe)
 app.add_typer(_recipes, name="recipes")
 
 _logs = typer.Typer(help="Tuning logs.", no_args_is_help=True)
-for _verb in (logs.show, logs.merge, logs.diff, logs.prune):
+for _verb in (logs.show, logs.merge, logs.diff, logs.prune, logs.verify):
     _logs.command()(_verb)
 app.add_typer(_logs, name="logs")
 

@@ -107,6 +107,44 @@ def prune(log: LogFile, output: Output = None, as_json: Json = False) -> None:
     _tell({"kept": len(kept), "removed": dict(reasons)}, f"{output or log}: {len(kept)} records kept; {told}", as_json)
 
 
+def verify(
+    log: LogFile,
+    threads: Annotated[int, typer.Option(min=1, help="Verify the records of so many threads.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure the records of a log again on this machine, on random matrices of their density."""
+    from tilewright.commands.output import progress_bar
+    from tilewright.tuning.builds import builder
+    from tilewright.tuning.host import local
+    from tilewright.tuning.measure import Live
+    from tilewright.tuning.records import read_log
+    from tilewright.tuning.verify import verify as measure
+
+    held = read_log(log)
+    with local(threads) as connect, builder() as builds, progress_bar("records") as progress:
+        verdicts = measure(held, Live(connect, builds), threads, progress)
+    rows = [
+        {
+            "key": one.record.key,
+            "recorded": one.record.gain.median,
+            "gain": one.now and one.now.median,
+            "low": one.now and one.now.low,
+            "high": one.now and one.now.high,
+            "confirmed": one.confirmed,
+            "reason": one.reason,
+        }
+        for one in verdicts
+    ]
+    if as_json:
+        print_json({"records": rows})
+        return
+    grid = table("workload", "recorded", "now", "95 %", "")
+    for row, one in zip(rows, verdicts, strict=True):
+        now = ("", "") if one.now is None else (f"{one.now.median:.3f}", f"{one.now.low:.2f}-{one.now.high:.2f}")
+        grid.add_row(str(row["key"]), f"{row['recorded']:.3f}", *now, one.reason or ("" if one.confirmed else "slower"))
+    stdout(at_least=140).print(grid)
+
+
 def _tell(value: dict[str, Any], text: str, as_json: bool) -> None:
     if as_json:
         print_json(value)
