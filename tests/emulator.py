@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.emulated_cpu import EmulationError, Machine
-from tests.native import HARNESS, Any_, Arguments, Library, Tensor, aligned, harness_path
+from tests.native import HARNESS, Any_, Arguments, Library, Pool, Tensor, aligned, harness_path
 from tilewright.artifact import read_manifest
 from tilewright.cpu import choose_level
 from tilewright.engine import Engine
@@ -101,7 +101,7 @@ class Kernels:
     calls: Sequence[tuple[str, Sequence[Array]]]
 
     def run(self, machine: Machine) -> list[list[Array] | str]:
-        kernels = Library(self.library)
+        kernels, _pool = Library(self.library), _enter(machine)
         results: list[list[Array] | str] = []
         for name, values in self.calls:
             arrays = [aligned(value) for value in values]
@@ -112,6 +112,13 @@ class Kernels:
             except EmulationError as error:
                 results.append(str(error))
         return results
+
+
+def _enter(machine: Machine) -> Pool:
+    """A pool of one thread, the machine's: the emulated CPU is one core."""
+    pool = Pool(1)
+    machine.call(*pool.entering, 0, 0, 0)
+    return pool
 
 
 def _call(machine: Machine, name: str, kernel: int | None, arguments: int, count: int) -> None:
@@ -188,11 +195,12 @@ class _TracedKernels:
         self._kernels, self._machine = kernels, machine
         self._weights = range(weights.ctypes.data, weights.ctypes.data + weights.nbytes)
         self._replaced: dict[str, Any] = {}
+        self._pool = None if machine is None else _enter(machine)
 
     def _find(self, symbol: str) -> int | None:
         address, name = self._kernels.address(symbol), symbol.removeprefix("__tvm_ffi_")
         if address is None or name == symbol:
-            return address
+            return address if self._machine is None else None  # kernels on the machine are connected to its own pool
         native = ctypes.cast(address, _Kernel)
 
         def run(itself: int, arguments: Any, count: int, result: int) -> int:

@@ -86,7 +86,6 @@ class Engine:
         self._tokenizer_text = tokenizer
         self._tokenizer_lock = Gate()  # truncation is a setting of the shared tokenizer
         self._takes_types = "token_type_ids" in manifest.inputs
-        self._widths = [(output.per == "token", output.width) for output in manifest.outputs]
 
     def __reduce__(self) -> Any:
         """Engines hold code and threads of their process."""
@@ -202,7 +201,7 @@ class Engine:
         return as_inputs(input_ids, attention_mask, token_type_ids)
 
     def _run(self, inputs: Inputs) -> list[Float32]:
-        return self._runtime.run(*inputs, self._widths)
+        return self._runtime.run(*inputs)
 
 
 def check_count(name: str, value: object, most: int = 2**31 - 1) -> None:

@@ -21,9 +21,6 @@ from tilewright.errors import ArtifactTargetMismatch, InvalidArtifact, InvalidIn
 from tilewright.forking import Gate
 
 LIBRARY = Path(__file__).parent / "lib" / "libtilewright.so"
-ALIGNMENT = 64
-"""Of output arrays, in bytes: a vector."""
-
 _ERRORS: dict[int, type[TilewrightError]] = {1: InvalidInput, 2: InvalidArtifact, 3: ArtifactTargetMismatch}
 """tilewright_status to what is raised; for others, such as memory that is out, TilewrightError itself."""
 
@@ -44,6 +41,33 @@ class Options(ctypes.Structure):
     )
 
 
+class _Output(ctypes.Structure):
+    """tilewright_output."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("width", ctypes.c_int64),
+        ("per_token", ctypes.c_int32),
+        ("squeeze", ctypes.c_int32),
+    )
+
+
+class _Info(ctypes.Structure):
+    """tilewright_info."""
+
+    _fields_ = (
+        ("level", ctypes.c_char_p),
+        ("threads", ctypes.c_int32),
+        ("takes_token_types", ctypes.c_int32),
+        ("vocab_size", ctypes.c_int64),
+        ("token_types", ctypes.c_int64),
+        ("max_positions", ctypes.c_int64),
+        ("max_tokens", ctypes.c_int64),
+        ("outputs", ctypes.c_size_t),
+        ("output", ctypes.POINTER(_Output)),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The runtime's functions, with the types of their arguments."""
@@ -61,6 +85,7 @@ def library() -> ctypes.CDLL:
         "open_model": (ctypes.c_int, (pointer, ctypes.POINTER(Options), ctypes.POINTER(pointer))),
         "run": (ctypes.c_int, (pointer, pointer, pointer, pointer, size, size, pointer)),
         "run_ragged": (ctypes.c_int, (pointer, pointer, pointer, pointer, size, pointer)),
+        "describe": (ctypes.POINTER(_Info), (pointer,)),
         "observe": (None, (pointer, _Observer, pointer)),
         "close": (None, (pointer,)),
         "error": (ctypes.c_char_p, ()),
@@ -85,6 +110,8 @@ class Runtime:
         functions = library()
         self._handle, self._kept = handle, kept
         self._run = functions.tilewright_run
+        info = functions.tilewright_describe(handle).contents
+        self._outputs = [(bool(info.output[i].per_token), int(info.output[i].width)) for i in range(info.outputs)]
         self._gate = Gate()
         weakref.finalize(self, functions.tilewright_close, handle)
 
@@ -96,17 +123,15 @@ class Runtime:
         check(library().tilewright_open(bytes(artifact), ctypes.byref(options), ctypes.byref(handle)))
         return cls(handle)
 
-    def run(self, ids: _Int64, mask: _Int64 | None, types: _Int64 | None, widths: Sequence[tuple[bool, int]]) -> list[_Float32]:
-        """Run contiguous arrays [batch, seq].
-
-        widths: of each output whether it is per token, and its width. Returns f32[batch, seq, width] and f32[batch, width].
-        """
+    def run(self, ids: _Int64, mask: _Int64 | None, types: _Int64 | None) -> list[_Float32]:
+        """Run contiguous arrays [batch, seq]; outputs are f32[batch, seq, width] per token, f32[batch, width] per sequence."""
         batch, seq = ids.shape
-        outputs = [_empty((batch, seq, width) if per_token else (batch, width)) for per_token, width in widths]
-        pointers = (ctypes.c_void_p * len(outputs))(*(output.ctypes.data for output in outputs))
-        arguments = (None if array is None else array.ctypes.data for array in (ids, mask, types))
+        outputs = [
+            np.empty((batch, seq, width) if per_token else (batch, width), np.float32) for per_token, width in self._outputs
+        ]
+        pointers = (ctypes.c_void_p * len(outputs))(*map(_writable_address, outputs))
         with self._gate:
-            check(self._run(self._handle, *arguments, batch, seq, pointers))
+            check(self._run(self._handle, _address(ids), _address(mask), _address(types), batch, seq, pointers))
         return outputs
 
     @contextmanager
@@ -114,7 +139,7 @@ class Runtime:
         """Within the block, which other threads' calls wait for, `record(kernel, seconds)` is called after each kernel."""
 
         def observe(_context: int, kernel: bytes, nanoseconds: int) -> None:
-            record(kernel.decode(), nanoseconds * 1e-9)
+            record(kernel.decode("utf-8", "surrogatepass"), nanoseconds * 1e-9)
 
         functions, observer = library(), _Observer(observe)
         with self._gate:
@@ -125,9 +150,11 @@ class Runtime:
                 functions.tilewright_observe(self._handle, _Observer(), None)
 
 
-def _empty(shape: tuple[int, ...]) -> _Float32:
-    """An array that begins at a multiple of ALIGNMENT."""
-    size = int(np.prod(shape)) * 4
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    skip = -memory.ctypes.data % ALIGNMENT
-    return memory[skip : skip + size].view(np.float32).reshape(shape)
+def _writable_address(array: _Float32) -> int:
+    """Where the data of `array` lies, in a third of the time that `array.ctypes.data` takes."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]  # which typing learns in 3.12
+
+
+def _address(array: NDArray[Any] | None) -> int | None:
+    """Where the data of `array` lies, which may be read-only, unlike what `from_buffer` takes."""
+    return None if array is None else array.ctypes.data

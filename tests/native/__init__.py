@@ -93,6 +93,13 @@ class Pool:
         self._pool = harness().harness_pool(size)
         assert self._pool
 
+    @property
+    def entering(self) -> tuple[int, int]:
+        """The function and its argument by which a thread, such as an emulated one, begins to run kernels in this pool."""
+        address = ctypes.cast(harness().harness_enter, ctypes.c_void_p).value
+        assert address is not None
+        return address, self._pool
+
     def call(self, library: Library, kernel: str, *arguments: Array | int) -> None:
         """Call a kernel with arrays, which it may write to, and integers."""
         packed = Arguments(arguments)

@@ -27,6 +27,12 @@ void harness_end(tw_pool *pool)
     tw_pool_destroy(pool);
 }
 
+/* Let the calling thread run kernels from now on. */
+int harness_enter(tw_pool *pool)
+{
+    return (int)tw_pool_enter(pool);
+}
+
 /* 0 if the kernel returned that. */
 int harness_call(tw_pool *pool, tw_kernel kernel, const tw_any *arguments, int count)
 {
