@@ -201,6 +201,11 @@ class _TracedKernels:
         address, name = self._kernels.address(symbol), symbol.removeprefix("__tvm_ffi_")
         if address is None or name == symbol:
             return address if self._machine is None else None  # kernels on the machine are connected to its own pool
+        if name not in self._replaced:  # the runtime asks once for each call
+            self._replaced[name] = self._traced(name, address)
+        return ctypes.cast(self._replaced[name], ctypes.c_void_p).value
+
+    def _traced(self, name: str, address: int) -> Any:
         native = ctypes.cast(address, _Kernel)
 
         def run(itself: int, arguments: Any, count: int, result: int) -> int:
@@ -217,5 +222,4 @@ class _TracedKernels:
                 return -1
             return 0
 
-        self._replaced[name] = _Kernel(run)
-        return ctypes.cast(self._replaced[name], ctypes.c_void_p).value
+        return _Kernel(run)
