@@ -115,8 +115,12 @@ class Kernels:
 
 
 def _enter(machine: Machine) -> Pool:
-    """A pool of one thread, the machine's: the emulated CPU is one core."""
+    """A pool of one thread, the machine's: the emulated CPU is one core.
+
+    Its kernels must not allocate: a page that malloc touches for the first time, holding a lock, has Bochs wait for that lock.
+    """
     pool = Pool(1)
+    pool.reserve()
     machine.call(*pool.entering, 0, 0, 0)
     return pool
 

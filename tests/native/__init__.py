@@ -60,6 +60,7 @@ def harness() -> ctypes.CDLL:
         ("connect", None, [ctypes.c_void_p]),
         ("pool", ctypes.c_void_p, [ctypes.c_int]),
         ("end", None, [ctypes.c_void_p]),
+        ("reserve", None, [ctypes.c_void_p]),
         ("call", ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]),
     ):
         function = getattr(functions, f"harness_{name}")
@@ -92,6 +93,10 @@ class Pool:
     def __init__(self, size: int) -> None:
         self._pool = harness().harness_pool(size)
         assert self._pool
+
+    def reserve(self) -> None:
+        """Allocate scratch memory for the first thread beforehand."""
+        harness().harness_reserve(self._pool)
 
     @property
     def entering(self) -> tuple[int, int]:

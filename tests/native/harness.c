@@ -27,6 +27,17 @@ void harness_end(tw_pool *pool)
     tw_pool_destroy(pool);
 }
 
+/* Give the pool's first thread scratch memory that no kernel of the tests outgrows. */
+void harness_reserve(tw_pool *pool)
+{
+    enum { BLOCKS = 8, BYTES = 1 << 20 };
+    void *blocks[BLOCKS];
+    if (tw_pool_enter(pool) != TILEWRIGHT_OK) return;
+    for (int i = 0; i < BLOCKS; ++i) blocks[i] = tw_scratch_take(BYTES);
+    for (int i = BLOCKS; i--;) tw_scratch_return(blocks[i]);
+    tw_pool_leave();
+}
+
 /* Let the calling thread run kernels from now on. */
 int harness_enter(tw_pool *pool)
 {
