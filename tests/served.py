@@ -78,7 +78,7 @@ def client(
 
 def pids(served: TestClient, model: str) -> list[int]:
     """Of the model's instances."""
-    found: list[int] = served.app.state.models[model].pool.pids  # type: ignore[attr-defined]
+    found: list[int] = served.app.state.models[model].pool.pids
     return found
 
 

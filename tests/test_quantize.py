@@ -277,9 +277,9 @@ def test_self_check_against_transformers(name: str, tmp_path: Path) -> None:
 
 def test_sparsity_is_written_beside_the_weights(tmp_path: Path) -> None:
     source = tiny.build("BertModel")
-    first = source.encoder.layer[0].intermediate.dense  # type: ignore[union-attr, index]
+    first = source.encoder.layer[0].intermediate.dense
     with torch.no_grad():
-        first.weight.view(-1, 4, tiny.HIDDEN)[:, :, ::4] = 0  # type: ignore[operator, union-attr]
+        first.weight.view(-1, 4, tiny.HIDDEN)[:, :, ::4] = 0
     path = quantize(tiny.save(source, tmp_path / "float"), TEXTS, tmp_path / "int8")
     found = json.loads((path / "sparsity.json").read_text())
     assert len(found) == 6 * tiny.LAYERS

@@ -264,12 +264,12 @@ def test_what_is_not_a_decision_does_not_make_records_stale(model: EncoderModel,
 def test_a_record_may_store_a_matrix_otherwise(model: EncoderModel, default: Plan) -> None:
     """What its consumer reads then is another format, and the producer another workload, whose record is found in turn."""
     up, down = layer_kernels(model, default)[3:5]
-    stored = next(made for made in candidates(down) if made.input != down.spec.linear.input)  # type: ignore[union-attr]
+    stored = next(made for made in candidates(down) if made.input != down.spec.linear.input)
     hashes = kernel_hash(down.decided(stored), down.detail)
     second = dataclasses.replace(record(down), decisions=encode(stored), hash=hashes)
     found = replay(model, default, Log.of([second, record(up)]))
     assert set(found.applied) == {"layer0.down", "layer1.up"}  # layer 0's `up` writes what no record is about
-    assert found.plan.layers[0].down.input == stored.input  # type: ignore[union-attr]
+    assert found.plan.layers[0].down.input == stored.input
     changed_up = layer_kernels(model, found.plan)[3]
     third = record(changed_up)
     found = replay(model, default, Log.of([second, third]))
@@ -322,7 +322,7 @@ def test_wishes_that_records_cannot_fulfil_are_refused(model: EncoderModel, tmp_
         ({"tuning_records": tmp_path, "sparse": "never"}, "leave one out"),
     ):
         with pytest.raises(InvalidInput, match=reason):
-            tilewright.compile(model, "avx2", tmp_path / "model.tw", **settings)  # type: ignore[arg-type]
+            tilewright.compile(model, "avx2", tmp_path / "model.tw", **settings)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -46,9 +47,10 @@ def create_app(services: Sequence[Service], settings: Settings = Settings()) -> 
 
     app = FastAPI(title="Tilewright", version=version("tilewright"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.models, app.state.settings, app.state.metrics = {}, settings, metrics
-    for part in (openai.router, tei.router, router):
+    routers = openai.router, tei.router, router
+    for part in routers:
         app.include_router(part)
-    paths = [route.path for part in (openai.router, tei.router, router) for route in part.routes]  # type: ignore[attr-defined]
+    paths = [route.path for part in routers for route in part.routes if isinstance(route, APIRoute)]
     app.add_middleware(Gate, settings=settings, metrics=metrics, paths=paths)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _not_found)
